@@ -1,0 +1,18 @@
+"""What the house says while it works: plain lines on stderr, one per event."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger("tunesmith")
+
+
+def set_up(level: int = logging.INFO) -> None:
+    """Send our messages to stderr, once; a program that configured logging itself is left alone."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(level)

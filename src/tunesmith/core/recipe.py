@@ -1,0 +1,228 @@
+"""The one setting tree: what a run is, as data.
+
+Every section forbids unknown keys. A named thing (objective, adapter, optimizer) brings its own settings; they are checked
+against the signature of the function that the name stands for, where that table lives.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tunesmith.core.types import content_hash
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Adapter(Section):
+    """Low-rank adapters beside the frozen base (Hu 2021, arXiv:2106.09685)."""
+
+    name: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1, description="inner width r of the two factors")
+    alpha: float | None = Field(None, gt=0, description="scale of the update is alpha / rank; default 2 x rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the first factor, in training only")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="module names to adapt, e.g. [q_proj, v_proj]; all-linear leaves the head out"
+    )
+
+
+class Fast(Section):
+    """Switches of the fast paths; each has a plain twin that gives the same numbers."""
+
+    packed: bool = Field(True, description="lay documents end to end with attention per document; off: pad")
+    head: bool = Field(True, description="log-probabilities without a logits tensor, trained positions only; off: the model's own logits")
+    lora: bool = Field(True, description="LoRA layers in one fused function; off: PEFT's forward")
+
+
+class Model(Section):
+    """Which weights are trained, from which base, in which precision."""
+
+    base: str = Field(description="hub id, folder, run folder, '@stage' for an earlier stage's result, or 'pocket'")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="precision of the products; auto: bf16 on a GPU that has it, else fp32. Trained weights stay fp32"
+    )
+    template: str = Field(
+        "auto", description="auto: the tokenizer's own; a named template; a Jinja file; none: plain prompt and completion"
+    )
+    template_options: dict[str, Any] = Field(
+        default_factory=dict, description="variables handed to the chat template, e.g. {enable_thinking: false}"
+    )
+    adapter: Adapter | None = Field(None, description="null trains all weights")
+    init: Literal["weights", "random"] = Field("weights", description="random: keep the architecture, draw new weights (pre-training)")
+    fast: Fast = Fast()
+
+
+class Source(Section):
+    """One file, folder or hub data set."""
+
+    path: str = Field(description="file, folder or hub id")
+    format: str = Field("auto", description="auto, messages, sharegpt, alpaca, prompt_completion, text")
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the name in the file")
+    weight: float = Field(1.0, gt=0, description="how many times a row is seen in one epoch, on average")
+    split: str = Field("train", description="split of a hub data set")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    streaming: bool = Field(False, description="read a hub data set without downloading it whole; needs limit")
+    limit: int | None = Field(None, ge=1, description="read at most this many rows")
+
+
+class Fraction(Section):
+    """Rows held out of the training data, chosen by the hash of their content, so that copies stay together."""
+
+    fraction: float = Field(gt=0, lt=1)
+
+
+class Data(Section):
+    """Where the rows come from and what happens to bad ones."""
+
+    train: list[Source]
+    validation: list[Source] | Fraction | None = None
+    on_bad: Literal["refuse", "drop"] = Field("refuse", description="refuse: do not start while a row is bad; drop: note it in the ledger")
+    turns: Literal["all", "last"] = Field("all", description="assistant turns that are trained")
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _one_source_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"path": value}]
+        if isinstance(value, dict) and "fraction" not in value:
+            return [value]
+        if isinstance(value, list):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _some_source(cls, value: list[Source]) -> list[Source]:
+        if not value:
+            raise ValueError("no training data is named")
+        return value
+
+
+class TokenLimits(Section):
+    """How long a row may be, and what happens to a longer one."""
+
+    max_length: int = Field(2048, ge=8, description="tokens of one row, at most")
+    overlong: Literal["drop", "cut_prompt", "split", "error"] = Field(
+        "drop",
+        description="drop: leave the row out; cut_prompt: cut context from the left, never the answer; split: text in pieces, "
+        "dialogs at turns; error: refuse to start",
+    )
+    cache: bool = Field(True, description="keep token ids on disk by content hash")
+
+
+class Optim(Section):
+    """How the weights are moved."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default 2e-4 with an adapter, 2e-5 for all weights")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, description="below 1: fraction of all steps; otherwise steps")
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
+    weight_decay: float = Field(0.01, ge=0, description="on matrices only; never on norms, biases or embeddings")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+
+
+class StepBatch(Section):
+    """The size of one optimizer step, over all ranks."""
+
+    examples: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1, description="at most this many; rows are fitted in over a shuffled window")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> StepBatch:
+        if (self.examples is None) == (self.tokens is None):
+            raise ValueError("give either examples or tokens")
+        return self
+
+
+class Run(Section):
+    """How long, how large, how often, and where to."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the data; default 1 when steps is not given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    batch: StepBatch = StepBatch(examples=16)
+    micro_tokens: Literal["auto"] | int = Field("auto", description="tokens of one forward pass; results do not depend on it")
+    save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: at the end only")
+    eval_every: int = Field(100, ge=0, description="steps between validations; 0: at the end only")
+    keep: int = Field(2, ge=1, description="checkpoints kept, the best one apart")
+    patience: int = Field(0, ge=0, description="stop after this many validations without a better loss; 0: never")
+    use_best: bool = Field(True, description="final/ holds the best validated checkpoint, not the last one")
+    neftune_alpha: float = Field(0.0, ge=0, description="noise on the embeddings in training (Jain 2023, arXiv:2310.05914); 0: none")
+    checkpointing: Literal["auto", "on", "off"] = Field("auto", description="recompute activations in the backward pass; auto: only when memory is short")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    seed: int = Field(0, ge=0)
+    out: str = "runs/run"
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    samples: int = Field(4, ge=0, description="validation prompts answered before and after, for the report")
+
+    @field_validator("micro_tokens")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Run:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give either epochs or steps, not both")
+        return self
+
+
+class Named(BaseModel):
+    """A row of a table and its settings, e.g. {name: nll}; the settings are checked against the row's signature."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    weight: float = 1.0
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that belong to the named row."""
+        return dict(self.model_extra or {})
+
+
+class Recipe(Section):
+    """One training run, whole."""
+
+    model: Model
+    data: Data
+    objective: list[Named] = Field(default_factory=lambda: [Named(name="nll")], min_length=1)
+    tokens: TokenLimits = TokenLimits()
+    optim: Optim = Optim()
+    run: Run = Run()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _one_objective_alone(cls, value: Any) -> Any:
+        if isinstance(value, (str, dict)):
+            value = [value]
+        if isinstance(value, list):
+            return [{"name": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values; `Recipe(**recipe.as_dict())` is the same recipe."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: everything but where it is written, how it is watched, and how it is cut into pieces."""
+        tree = self.as_dict()
+        for name in ("out", "trackers", "micro_tokens", "checkpointing", "save_every", "keep", "samples", "device"):
+            del tree["run"][name]
+        del tree["tokens"]["cache"], tree["data"]["on_bad"]
+        return tree
+
+    def hash(self) -> str:
+        """SHA-256 of the identity."""
+        return content_hash(self.identity())
+
+
+Stages = Annotated[list[dict[str, Any]], Field(min_length=1)]
