@@ -73,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         aside.write_text(text, encoding="utf-8")
         _sync(aside)
-        os.replace(aside, path)
+        aside.replace(path)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if _is_full(error):

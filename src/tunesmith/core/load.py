@@ -62,7 +62,9 @@ def set_values(tree: dict[str, Any], words: Iterable[str]) -> tuple[dict[str, An
     for word in words:
         path, sign, text = word.partition("=")
         if not sign or not path:
-            raise RecipeError(f"'{word}' is not of the form a.b=value", where="--set", remedy="write e.g. --set optim.lr=1e-4", code="bad_set")
+            raise RecipeError(
+                f"'{word}' is not of the form a.b=value", where="--set", remedy="write e.g. --set optim.lr=1e-4", code="bad_set"
+            )
         value = number(yaml.safe_load(text)) if text else None
         parts = path.strip().split(".")
         node: Any = out
@@ -79,7 +81,9 @@ def set_values(tree: dict[str, Any], words: Iterable[str]) -> tuple[dict[str, An
 def _step(node: Any, part: str, word: str) -> str | int:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
-            raise RecipeError(f"'{part}' is not a place in a list of {len(node)}", where=f"--set {word}", remedy="use 0, 1, ...", code="bad_set")
+            raise RecipeError(
+                f"'{part}' is not a place in a list of {len(node)}", where=f"--set {word}", remedy="use 0, 1, ...", code="bad_set"
+            )
         return int(part)
     node.setdefault(part, None)
     return part
@@ -126,13 +130,17 @@ def load_tree(tree: Mapping[str, Any], *, where: str = "", set_paths: Iterable[s
     if stages is None:
         return [build(shared, where=where, set_paths=set_paths)]
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in stages):
-        raise RecipeError("stages is a list of recipes, each with a name", where=f"{where}: stages", remedy="write - {name: sft, ...}", code="bad_stages")
+        raise RecipeError(
+            "stages is a list of recipes, each with a name", where=f"{where}: stages", remedy="write - {name: sft, ...}", code="bad_stages"
+        )
     loaded: list[Loaded] = []
     outs: dict[str, str] = {}
     for number_, stage in enumerate(stages):
         name = stage["name"]
         if name in outs:
-            raise RecipeError(f"two stages are called '{name}'", where=f"{where}: stages.{number_}.name", remedy="rename one", code="bad_stages")
+            raise RecipeError(
+                f"two stages are called '{name}'", where=f"{where}: stages.{number_}.name", remedy="rename one", code="bad_stages"
+            )
         whole = merge(shared, {k: v for k, v in stage.items() if k != "name"})
         out = str(Path(((shared.get("run") or {}).get("out")) or "runs/run") / name)
         whole = merge(whole, {"run": {"out": (stage.get("run") or {}).get("out", out)}})
@@ -141,8 +149,10 @@ def load_tree(tree: Mapping[str, Any], *, where: str = "", set_paths: Iterable[s
             if base[1:] not in outs:
                 raise RecipeError(
                     f"'{base}' names no earlier stage{did_you_mean(base[1:], outs)}",
-                    where=f"{where}: stages.{number_}.model.base", remedy=f"earlier stages: {', '.join(outs) or 'none'}", code="bad_stages",
-                )  # fmt: skip
+                    where=f"{where}: stages.{number_}.model.base",
+                    remedy=f"earlier stages: {', '.join(outs) or 'none'}",
+                    code="bad_stages",
+                )
             whole = merge(whole, {"model": {"base": str(Path(outs[base[1:]]) / "final")}})
         loaded.append(build(whole, where=f"{where}: stage {name}", set_paths=set_paths, name=name))
         outs[name] = loaded[-1].recipe.run.out

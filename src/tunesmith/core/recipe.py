@@ -156,7 +156,9 @@ class Run(Section):
     patience: int = Field(0, ge=0, description="stop after this many validations without a better loss; 0: never")
     use_best: bool = Field(True, description="final/ holds the best validated checkpoint, not the last one")
     neftune_alpha: float = Field(0.0, ge=0, description="noise on the embeddings in training (Jain 2023, arXiv:2310.05914); 0: none")
-    checkpointing: Literal["auto", "on", "off"] = Field("auto", description="recompute activations in the backward pass; auto: only when memory is short")
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="recompute activations in the backward pass; auto: only when memory is short"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     seed: int = Field(0, ge=0)
     out: str = "runs/run"

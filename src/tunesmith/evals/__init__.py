@@ -1,0 +1,1 @@
+"""Evaluation: tasks over a user's own held-out rows, statistics, and the page that shows them."""

@@ -1,0 +1,1 @@
+"""Sampling: prompts as token ids in, completions with their log-probabilities out."""

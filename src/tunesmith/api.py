@@ -1,0 +1,44 @@
+"""What `import tunesmith` offers: the verbs of the command line as functions, and the tables."""
+
+from __future__ import annotations
+
+from tunesmith.core.recipe import Recipe
+from tunesmith.core.types import Completion, Dialog, Grade, Message, Prompt, Score, Text, Tokens
+from tunesmith.data.formats import FORMATS
+from tunesmith.data.render import render
+from tunesmith.data.template import NAMED as TEMPLATES
+from tunesmith.data.template import choose_template
+from tunesmith.demo import demo
+from tunesmith.evals.opening import Opened
+from tunesmith.evals.opening import open_model as load
+from tunesmith.evals.run import evaluate
+from tunesmith.grade import GRADERS
+from tunesmith.infer.generate import generate
+from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.objective import OBJECTIVES
+from tunesmith.train.run import train
+
+__all__ = [
+    "FORMATS",
+    "GRADERS",
+    "OBJECTIVES",
+    "TEMPLATES",
+    "Completion",
+    "Dialog",
+    "Grade",
+    "Message",
+    "Opened",
+    "Prompt",
+    "Recipe",
+    "Score",
+    "Text",
+    "Tokens",
+    "choose_template",
+    "demo",
+    "evaluate",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "render",
+    "train",
+]

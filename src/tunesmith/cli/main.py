@@ -1,0 +1,41 @@
+"""The command line: one file per verb, and nothing heavy imported before a verb needs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+app = typer.Typer(
+    name="tunesmith",
+    help="A language model from raw rows to a served and proven model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run() -> None:
+    """Entry point of the `tunesmith` command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; returns its exit status (0 done, 1 a check said no, 2 the input is wrong, 3 interrupted)."""
+    from tunesmith.cli import verbs  # noqa: F401  registers the verbs
+    from tunesmith.cli.ending import guarded
+
+    return guarded(app, arguments)
+
+
+def say(value: Any) -> None:
+    """One JSON document on stdout."""
+    import json
+
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,68 @@
+"""`tunesmith train`: one recipe, its stages, or a method's short form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith.cli.main import app, say
+
+EXAMPLE = """
+Train a model as a recipe says; an interrupted run goes on by itself.
+
+[bold]Examples[/]
+
+  tunesmith train recipes/sft-lora.yaml --set optim.lr=1e-4
+
+  tunesmith train --method sft --model pocket --data rows.jsonl --out runs/mine
+
+  tunesmith train --method sft --model Qwen/Qwen3-0.6B --data rows.jsonl --out runs/mine --print-recipe
+"""
+
+
+@app.command(help=EXAMPLE)
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="recipe file (YAML or JSON)")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="put a value into the recipe; may be repeated")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start anew; an earlier run in the folder is moved aside")] = False,
+    method: Annotated[str | None, typer.Option(help="short form: sft (LoRA) or sft-full")] = None,
+    model: Annotated[str | None, typer.Option(help="short form: hub id, folder, run folder or pocket")] = None,
+    data: Annotated[str | None, typer.Option(help="short form: file, folder or hub id of rows")] = None,
+    out: Annotated[str | None, typer.Option(help="short form: run folder")] = None,
+    template: Annotated[str | None, typer.Option(help="short form: named template, Jinja file, auto or none")] = None,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="print the recipe with the origin of each value, and stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:
+    """Parse the words, train, and say where the result is."""
+    from tunesmith.cli.short_form import load_words
+    from tunesmith.core import log
+    from tunesmith.core.load import dump_yaml
+
+    log.set_up()
+    loaded = load_words(recipe, sets or [], method=method, model=model, data=data, out=out, template=template)
+    if print_recipe:
+        typer.echo("\n".join(dump_yaml(stage) for stage in loaded), nl=False)
+        return
+    from tunesmith.train.run import train as run_training
+
+    result = run_training(loaded, fresh=fresh)
+    if as_json:
+        say(result)
+        return
+    for stage in result.get("stages", [result]):
+        _tell(stage)
+
+
+def _tell(result: dict[str, Any]) -> None:
+    metrics = result["metrics"]
+    words = f"done: {result['steps']} steps in {result['seconds']:.1f} s, {result['tokens_per_s']:.0f} tokens/s, loss {metrics['loss']:.4f}"
+    if "eval/loss" in metrics:
+        start = (result["start"] or {}).get("eval/loss")
+        words += f", validation loss {f'{start:.4f} -> ' if start is not None else ''}{metrics['eval/loss']:.4f}"
+    typer.echo(words)
+    typer.echo(f"model    {result['final']}")
+    typer.echo(f"report   {result['report']}")
+    receipt = result["receipt"]
+    typer.echo(f"receipt  read back from disk: log-probabilities differ by at most {receipt['max_abs_logprob_diff']:.1e}")

@@ -1,0 +1,113 @@
+"""Which shape the rows of a source have: decided from many rows, checked on all, and never a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tunesmith.core.errors import DataError, RecipeError, did_you_mean
+from tunesmith.core.log import logger
+from tunesmith.core.recipe import Source
+from tunesmith.core.types import Row
+from tunesmith.data.formats import COLUMNS, FORMATS, LOOKS_LIKE
+from tunesmith.data.problem import Problem
+from tunesmith.data.readers import Found
+
+LOOK = 1000  # rows that decide; each later row is still held against the decision
+
+
+def shapes(row: Row) -> tuple[str, ...]:
+    """The names of all formats that a row looks like."""
+    return tuple(name for name, looks_like in LOOKS_LIKE.items() if looks_like(row))
+
+
+def check_columns(source: Source) -> None:
+    """Raise RecipeError when `columns` maps a name that no format reads, or `format` is unknown."""
+    if source.format != "auto":
+        FORMATS.get(source.format, where="data.format")
+    known = sorted({name for names in COLUMNS.values() for name in names} if source.format == "auto" else COLUMNS[source.format])
+    for ours in source.columns:
+        if ours not in known:
+            raise RecipeError(
+                f"columns names '{ours}', which no format reads{did_you_mean(ours, known)}",
+                where=f"{source.path}: columns",
+                remedy=f"our names are: {', '.join(known)}; write {{ours: theirs}}",
+                code="unknown_column",
+            )
+
+
+def detect(found: Iterable[Found], source: Source) -> str:
+    """The format of these rows (the first of a source), said in the log. Raises DataError when it is unclear or mixed."""
+    if source.format != "auto":
+        return source.format
+    first: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    unknown: tuple[str, Row] | None = None
+    for key, row in found:
+        if isinstance(row, Problem):
+            continue
+        names = shapes(row)
+        if len(names) > 1:
+            raise _ambiguous(names, key, row)
+        for name in names:
+            first.setdefault(name, key)
+            counts[name] = counts.get(name, 0) + 1
+        if not names and unknown is None:
+            unknown = (key, row)
+    if len(first) > 1:
+        (one, here), (other, there) = list(first.items())[:2]
+        raise _mixture(source, one, here, other, there)
+    if not first:
+        raise _nothing_fits(source, unknown)
+    name = next(iter(first))
+    logger.info("%s: format %s, decided from %d rows", source.path, name, counts[name])
+    return name
+
+
+def hold(name: str, first: str, key: str, row: Row, source: Source) -> None:
+    """Raise DataError when a later row is of another format than the `name` decided from the first rows (since row `first`)."""
+    names = shapes(row)
+    if len(names) > 1:
+        raise _ambiguous(names, key, row)
+    if names and names[0] != name:
+        raise _mixture(source, name, first, names[0], key)
+
+
+def _ambiguous(names: tuple[str, ...], key: str, row: Row) -> DataError:
+    return DataError(
+        f"the row looks like several formats: {', '.join(names)} (its keys: {', '.join(map(str, row))})",
+        where=key,
+        remedy=f"say which one it is, for example format: {names[0]}",
+        code="ambiguous_format",
+    )
+
+
+def _mixture(source: Source, one: str, here: str, other: str, there: str) -> DataError:
+    return DataError(
+        f"the rows are of several formats: {one} at {here}, {other} at {there}",
+        where=source.path,
+        remedy="put them into two files, or say which one holds with format: (the others are then refused)",
+        code="mixed_formats",
+    )
+
+
+def _nothing_fits(source: Source, unknown: tuple[str, Row] | None) -> DataError:
+    if unknown is None:
+        return DataError("no row could be read", where=source.path, remedy="mend the file", code="no_row")
+    key, row = unknown
+    if "chosen" in row and "rejected" in row:
+        hint = "; these are preference pairs, which supervised fine-tuning does not read"
+    elif "input_ids" in row:
+        hint = "; rows that are already token ids are not read: the ledger could not say what is trained"
+    else:
+        hint = next((near for name in row if (near := did_you_mean(str(name), _wanted()))), "")
+    return DataError(
+        f"the rows are of no known format; the first has the keys: {', '.join(map(str, row)) or 'none'}{hint}",
+        where=key,
+        remedy="known: messages, sharegpt (conversations), alpaca (instruction, output), prompt_completion (prompt, completion), text; "
+        "map other names with columns: {prompt: question, completion: answer}",
+        code="unknown_format",
+    )
+
+
+def _wanted() -> list[str]:
+    return ["messages", "conversations", "instruction", "output", "prompt", "completion", "text"]

@@ -1,0 +1,81 @@
+"""ShareGPT rows: {"conversations": [{"from": "human", "value": "..."}, ...], "system": "...", "tools": "[...]"}.
+
+A `function_call` turn holds the JSON of one call or of a list of calls, perhaps after a <think> part; it belongs to the assistant
+turn before it, when there is one directly before. `observation` is the tool's result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from tunesmith.core.errors import did_you_mean
+from tunesmith.core.types import Dialog, Message, Role, Row
+from tunesmith.data.formats import turns
+
+LISTS = ("conversations", "conversation", "messages")
+COLUMNS = (*LISTS, "system", "tools")
+TURN = ("from", "value", "weight", "loss_weight", "train", "name")
+SPEAKERS: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "observation": "tool",
+    "tool": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+CALLS = ("function_call", "tool_call")
+
+
+def looks_like(row: Row) -> bool:
+    """A list of objects with a speaker under `from`."""
+    return any(turns.is_list_with(row.get(name), "from") for name in LISTS)
+
+
+def to_example(row: Row, key: str) -> Dialog:
+    """The dialog of a row. Raises DataError naming the turn and the field at fault."""
+    turns.refuse_media(row, key)
+    name = next((name for name in LISTS if name in row), "conversations")
+    found = turns.from_json(turns.required(row, name, key), key, name)
+    if not isinstance(found, list):
+        turns.fail(key, name, "not_a_list", f"expected a list of turns, got {str(found)[:80]!r}")
+    messages: list[Message] = []
+    if row.get("system"):
+        messages.append(Message("system", turns.string(row["system"], key, "system")))
+    for place, turn in enumerate(found):
+        _add(messages, turn, key, f"{name}[{place}]")
+    return turns.dialog(messages, key, turns.tools_of(row.get("tools"), key))
+
+
+def _add(messages: list[Message], turn: Any, key: str, field: str) -> None:
+    if not isinstance(turn, dict):
+        turns.fail(key, field, "not_an_object", f"a turn is an object, got {str(turn)[:80]!r}")
+    turns.no_near_miss(turn, TURN, key, field)
+    speaker = turns.required(turn, "from", key, field)
+    value = turns.required(turn, "value", key, field)
+    if speaker in CALLS:
+        thinking, calls = turns.call_text(value, key, f"{field}.value")
+        weight = turns.weight_of(turn, "assistant", key, field)
+        last = messages[-1] if messages else None
+        if last is not None and last.role == "assistant" and last.weight == weight and thinking is None:
+            messages[-1] = replace(last, tool_calls=last.tool_calls + calls)
+        else:
+            messages.append(Message("assistant", "", thinking=thinking, tool_calls=calls, weight=weight))
+        return
+    if speaker not in SPEAKERS:
+        known = (*SPEAKERS, *CALLS)
+        near = did_you_mean(str(speaker), known)
+        turns.fail(key, f"{field}.from", "unknown_role", f"unknown speaker {speaker!r}{near}", f"speakers: {', '.join(known)}")
+    role = SPEAKERS[speaker]
+    if value is None:
+        turns.fail(key, f"{field}.value", "empty_answer" if role == "assistant" else "no_content", "the value is null")
+    content = turns.string(value, key, f"{field}.value")
+    name = cast(str | None, turn.get("name"))
+    messages.append(Message(role, content, name=name, weight=turns.weight_of(turn, role, key, field)))

@@ -1,0 +1,114 @@
+"""Answers to prompts as people write them: messages through the chat template, or raw text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import DataError
+from tunesmith.core.ports import SampleSettings
+from tunesmith.core.recipe import Source
+from tunesmith.core.types import Message, Prompt, Row
+from tunesmith.data import render
+from tunesmith.data.formats import turns
+from tunesmith.data.formats.messages import read_turns
+from tunesmith.data.problem import Problem
+from tunesmith.data.sources import read
+from tunesmith.data.template import ChatTemplate
+from tunesmith.infer.sampler import TransformersSampler
+from tunesmith.model.policy import Policy
+
+Ask = str | Prompt | Sequence[Message]
+
+
+def generate(
+    policy: Policy, tokenizer: Any, template: ChatTemplate, prompts: Sequence[Ask], settings: SampleSettings, *, raw: bool = False
+) -> list[dict[str, Any]]:
+    """For every prompt the JSON row of `tunesmith generate`: {"prompt", "completions": [{"text", "ids", "logprobs", "stop_reason"}]}.
+
+    A prompt is one user turn (str), a list of messages, or a Prompt (which may offer tools). raw hands the text to the tokenizer as
+    it is, without the template, and stops at the end-of-text token only. Logprobs are the model's own, at temperature 1.
+    Raises DataError for messages in raw mode, and what rendering and sampling raise.
+    """
+    ids = [raw_ids(prompt, tokenizer) if raw else prompt_ids(prompt, tokenizer, template) for prompt in prompts]
+    stops = raw_stops(policy, tokenizer) if raw else render.stop_ids(template, tokenizer)
+    rows = sampler_of(policy, tokenizer, stops).sample(ids, settings)
+    return [
+        {
+            "prompt": prompt if isinstance(prompt, str) else [message.as_dict() for message in as_prompt(prompt).messages],
+            "completions": [
+                {"text": one.text, "ids": list(one.ids), "logprobs": list(one.logprobs), "stop_reason": one.stop_reason} for one in row
+            ],
+        }
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+
+
+def sampler_of(policy: Policy, tokenizer: Any, stop_ids: Sequence[int]) -> TransformersSampler:
+    """A sampler over a policy's model, with the attention that the model itself came with."""
+    return TransformersSampler(policy.model, tokenizer, stop_ids=stop_ids, attention=policy.own_attention)
+
+
+def read_prompts(path: str | Path) -> list[Ask]:
+    """The prompts of a file: {"prompt": str} or {"messages": [...]} a row, with `tools` where there are any.
+
+    Raises DataError naming file and line for a row that is neither, or that cannot be read.
+    """
+    out: list[Ask] = []
+    for key, row in read(Source(path=str(path))):
+        if isinstance(row, Problem):
+            raise DataError(row.message, where=row.key, remedy=row.remedy, code=row.code)
+        out.append(_ask(row, key))
+    return out
+
+
+def _ask(row: Row, key: str) -> Ask:
+    tools = turns.tools_of(row.get("tools"), key)
+    if isinstance(row.get("prompt"), str) and not tools:
+        return str(row["prompt"])
+    given = row.get("messages", row.get("prompt"))
+    if isinstance(given, str):
+        return Prompt((Message("user", given),), "", key, tools)
+    if isinstance(given, list):
+        return Prompt(tuple(read_turns(given, key, "messages" if "messages" in row else "prompt")), "", key, tools)
+    raise DataError(
+        f"there is no prompt in the row; it has: {', '.join(map(str, row)) or 'nothing'}",
+        where=key,
+        remedy='write {"prompt": "..."} or {"messages": [...]} on every line',
+        code="no_prompt",
+    )
+
+
+def as_prompt(prompt: Ask) -> Prompt:
+    """A plain string is one user turn."""
+    if isinstance(prompt, Prompt):
+        return prompt
+    return Prompt((Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt), "", "")
+
+
+def prompt_ids(prompt: Ask, tokenizer: Any, template: ChatTemplate) -> list[int]:
+    """The ids that ask for an answer, through the template."""
+    whole = as_prompt(prompt)
+    return [int(token) for token in render.render_prompt(whole.messages, whole.tools, template, tokenizer)]
+
+
+def raw_ids(prompt: Ask, tokenizer: Any) -> list[int]:
+    """The tokenizer's own ids of a text, with the BOS it puts in front (never a second one) and without an EOS behind."""
+    if not isinstance(prompt, str):
+        raise DataError(
+            "raw mode takes text, not messages", where="prompt", remedy='give {"prompt": ...}, or leave --raw out', code="raw_messages"
+        )
+    ids = [int(token) for token in tokenizer(prompt, add_special_tokens=True)["input_ids"]]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    closed = len(ids) > 1 and ids[-1] == eos and not prompt.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if closed else ids
+
+
+def raw_stops(policy: Policy, tokenizer: Any) -> list[int]:
+    """The end-of-text tokens that the tokenizer and the model's generation configuration name."""
+    named = policy.causal.generation_config.eos_token_id if policy.causal.generation_config is not None else None
+    listed = named if isinstance(named, list) else [named]
+    return [int(token) for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]

@@ -1,0 +1,172 @@
+"""From a recipe's model section to a checked transformers model: device, precision, and weights that are all there and finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from tunesmith.core import recipe
+from tunesmith.core.errors import ModelError
+from tunesmith.core.log import logger
+from tunesmith.core.seed import seed_of
+from tunesmith.model.tokenizer import adapter_base, load_tokenizer, no_model, resolve
+
+__all__ = ["check_vocabulary", "choose_device", "choose_dtype", "load_base", "load_tokenizer", "resolve", "seeded"]
+
+_SCALES = ("scale", "scale_inv", "scales", "qzeros", "qweight", "absmax", "quant_map")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:1` stands for. Raises ModelError `no_device` when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(
+            f"unknown device '{name}'", where="run.device", remedy="use auto, cpu, cuda or cuda:1", code="no_device"
+        ) from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(f"there is no device '{name}' here", where="run.device", remedy="use auto or cpu", code="no_device")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """fp32 or bf16; `auto` is bf16 on a GPU that computes in it, else fp32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def seeded(seed: int, *names: str) -> Any:
+    """A context whose torch random numbers come from the named stream, and which leaves the outer random state as it was."""
+    return _Seeded(seed_of(seed, *names))
+
+
+class _Seeded:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self._fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+        self._fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *what: Any) -> None:
+        self._fork.__exit__(*what)
+
+
+def load_base(settings: recipe.Model, device: torch.device | str, *, training: bool, seed: int = 0) -> Any:
+    """The transformers model a recipe names, in eval mode on `device`, with every weight present and finite.
+
+    Trained weights are held in fp32 (a base trained whole in bf16 runs under autocast); a frozen base is held in `dtype`.
+    An adapter folder as base gives its base with the adapter merged in.
+    Raises ModelError: `no_model`, `bad_weights` (unreadable or of another shape), `missing_weights`, `unexpected_weights`,
+    `nan_weights` (naming the tensor).
+    """
+    device = choose_device(device) if isinstance(device, str) else device
+    dtype = choose_dtype(settings.dtype, device)
+    if training and settings.adapter is None:
+        dtype = torch.float32
+    place = resolve(settings.base)
+    if settings.init == "random":
+        model = _random(place, settings.revision, dtype, seed)
+    else:
+        below = adapter_base(place)
+        model = _weights(below or place, settings.revision if below is None else None, dtype)
+        if below is not None:
+            model = _merge(model, place)
+        check_finite(model)
+    model.config.use_cache = True
+    return model.to(device).eval()
+
+
+def _random(place: str, revision: str | None, dtype: torch.dtype, seed: int) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise no_model(place, _short(error)) from error
+    with seeded(seed, "model", "init"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _weights(place: str, revision: str | None, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype, output_loading_info=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the weights cannot be loaded: {_short(error)}", where=place, remedy="fetch or save the model again", code="bad_weights"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise no_model(place, _short(error)) from error
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing or info["mismatched_keys"]:
+        names = missing or sorted(str(m[0]) for m in info["mismatched_keys"])
+        raise ModelError(
+            f"{len(names)} weights are not in the files, e.g. {', '.join(names[:3])}; they would have been drawn at random"
+            + (f" (in the files but unknown: {', '.join(unexpected[:3])})" if unexpected else ""),
+            where=place,
+            remedy="check that config.json belongs to these weights, or set model.init: random to draw all of them",
+            code="missing_weights",
+        )
+    if any(name.endswith(_SCALES) for name in unexpected):
+        raise ModelError(
+            f"the files hold quantised weights that this model does not read, e.g. {', '.join(unexpected[:3])}",
+            where=place,
+            remedy="use the unquantised model",
+            code="unexpected_weights",
+        )
+    if unexpected:
+        logger.warning("%s: %d weights of the files are not used, e.g. %s", place, len(unexpected), ", ".join(unexpected[:3]))
+    return model
+
+
+def _merge(model: Any, adapter: str) -> Any:
+    from peft import PeftModel
+
+    logger.info("%s: the adapter is merged into its base before training all weights", adapter)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ModelError `nan_weights` with the name of the first tensor that holds NaN or infinity."""
+    for name, tensor in model.named_parameters():
+        if not _finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"the base holds NaN or infinity: {bad} of {tensor.numel()} values",
+                where=name,
+                remedy="use an intact model",
+                code="nan_weights",
+            )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = tensor.detach().aminmax()  # passes NaN on and needs no copy
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raises ModelError `vocabulary` when the tokenizer has ids that the embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer's highest id is {highest}, the embedding has {rows} rows",
+            where="model.base",
+            remedy="use the tokenizer that belongs to this model",
+            code="vocabulary",
+        )
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

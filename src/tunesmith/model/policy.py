@@ -1,0 +1,291 @@
+"""The policy: a transformers model (with a PEFT adapter or whole) that scores batches, and how it is built, saved and restored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core import recipe
+from tunesmith.core.errors import BugError, ModelError
+from tunesmith.core.log import logger
+from tunesmith.core.types import Batch, Outputs
+from tunesmith.model import adapter as adapters
+from tunesmith.model import attention, memory
+from tunesmith.model.forward import Pass, passes
+from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
+from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded
+from tunesmith.model.positions import alone_from
+from tunesmith.model.tokenizer import adapter_base, resolve
+
+__all__ = ["Policy", "build_policy", "load_policy", "seeded"]
+
+
+class Policy:
+    """A causal language model that gives log-probabilities of chosen tokens.
+
+    `model` is the transformers or PEFT model, `causal` the transformers model inside it, `dtype` the precision of products
+    and of what `save` writes. `layout`, `head` and `lora` say which way is in use; `notes` say why a plain one is.
+    The auxiliary balancing loss of mixtures of experts is not part of any score.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.model = model
+        self.causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.layout: Literal["packed", "padded"] = "padded"
+        self.head: Literal["fast", "plain"] = "plain"
+        self.lora: Literal["fused", "plain"] = "plain"
+        self.side: Literal["left", "right"] = "right"
+        self.notes: list[str] = []
+        self.head_form = HeadForm()
+        self.own_attention: str = self.causal.config._attn_implementation
+        self._neftune = 0.0
+        self._lengths: Tensor | None = None
+        self._alone_from = alone_from(self.causal.config)
+        self._autocast = (
+            dtype != torch.float32
+            and any(p.requires_grad and p.dtype == torch.float32 for p in self.causal.parameters())
+            and not self.adapted
+        )
+        embedding = self.causal.get_input_embeddings()
+        self.vocabulary: int = embedding.weight.shape[0]
+        embedding.register_forward_hook(self._add_noise)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the trained weights are an adapter's."""
+        return self.model is not self.causal
+
+    def score(self, batch: Batch) -> Outputs:
+        """Log-probabilities of exactly the tokens whose `train` is not 0, in batch order.
+
+        logp [K] fp32, differentiable in the trained weights; index [K] int64 positions in the batch; train [K] fp32.
+        The result does not depend on the layout. Raises BugError for a trained first token or an id outside the vocabulary.
+        """
+        self._check(batch)
+        index = np.flatnonzero(batch.train)
+        train = torch.from_numpy(batch.train[index].astype(np.float32)).to(self.device)
+        where = torch.from_numpy(index).to(self.device)
+        if not len(index):
+            # Nothing to score, and yet a graph to call backward on: zero times any trained weight.
+            zero = sum((p.sum() * 0 for p in list(self.parameters_by_name().values())[:1]), torch.zeros((), device=self.device))
+            return Outputs(torch.zeros(0, device=self.device) + zero, where, train)
+        parts, order = [], []
+        for one in passes(batch, self.device, self.layout, side=self.side, alone_from=self._alone_from):
+            parts.append(self._score(one, batch))
+            order.append(one.index)
+        at = np.concatenate(order)
+        logp = torch.cat(parts)
+        if not np.array_equal(at, index):
+            logp = logp[torch.from_numpy(np.argsort(at)).to(self.device)]
+        return Outputs(logp, where, train)
+
+    def _score(self, one: Pass, batch: Batch) -> Tensor:
+        targets = torch.from_numpy(batch.ids[one.index].astype(np.int64)).to(self.device)
+        states = self._run(one)
+        rows = states.reshape(-1, states.shape[-1]).index_select(0, one.rows)
+        if self.head == "plain":
+            return plain_logprobs(rows, targets)
+        output = self.causal.get_output_embeddings()
+        hint = torch.from_numpy(batch.train[one.index]).to(self.device)
+        dtype = self.dtype if self._autocast else rows.dtype
+        return token_logprobs(rows, output.weight, output.bias, targets, hint, self.head_form, dtype)
+
+    def _run(self, one: Pass) -> Tensor:
+        """Hidden states [B, L, E] for the fast head, logits [B, L, V] for the plain one."""
+        self._lengths = one.lengths
+        masks = attention.packed_masks() if one.layout is not None else contextlib.nullcontext()
+        try:
+            with masks, torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                if self.head == "fast":
+                    out: Tensor = self.causal.get_decoder()(input_ids=one.ids, use_cache=False, **one.arguments).last_hidden_state
+                else:
+                    out = self.causal(input_ids=one.ids, use_cache=False, **one.arguments).logits
+        finally:
+            self._lengths = None
+        return out
+
+    def _check(self, batch: Batch) -> None:
+        if len(batch.ids) and (int(batch.ids.min()) < 0 or int(batch.ids.max()) >= self.vocabulary):
+            raise BugError(f"a token id lies outside the vocabulary of {self.vocabulary}", where=batch.segments[0].key)
+        for segment in batch.segments:
+            if batch.train[segment.start]:
+                raise BugError("the first token of a row cannot be trained: nothing predicts it", where=segment.key)
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """The trained weights in a stable order; a tied weight stands once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def train_mode(self, on: bool) -> None:
+        """Dropout, noise and checkpointing on or off."""
+        self.model.train(on)
+
+    @contextlib.contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Scores of the base while open. Raises ModelError `no_adapter` when all weights are trained."""
+        if not self.adapted:
+            raise ModelError("there is no adapter to switch off", remedy="load the base for its scores", code="no_adapter")
+        with self.model.disable_adapter():
+            yield
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """The model with its own attention, in eval mode, for `generate`; what was set before comes back afterwards."""
+        was_training = self.model.training
+        self.use_attention(self.own_attention)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.use_attention(attention.NAME if self.layout == "packed" else self.own_attention)
+            self.model.train(was_training)
+
+    def use_attention(self, name: str) -> None:
+        """Switch the model to the attention called `name`."""
+        self.causal.set_attn_implementation(name)
+
+    def set_neftune(self, alpha: float) -> None:
+        """Noise on the embeddings in training: uniform in +-alpha / sqrt(L d), L the document's length, d the width.
+
+        Jain 2023, arXiv:2310.05914, equation 1. Drawn from torch's global generator, so that a restored one repeats it.
+        """
+        self._neftune = alpha
+
+    def _add_noise(self, module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        if not self._neftune or not module.training or self._lengths is None:
+            return None
+        size = self._neftune / (self._lengths * output.shape[-1]).sqrt()
+        return output + (torch.rand_like(output) * 2 - 1) * size[..., None].to(output.dtype)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute activations in the backward pass, or not. Raises ModelError `no_checkpointing` when the model cannot."""
+        if not on:
+            self.causal.gradient_checkpointing_disable()
+            return
+        if not self.causal.supports_gradient_checkpointing:
+            raise ModelError(
+                f"{type(self.causal).__name__} cannot recompute activations",
+                where="run.checkpointing",
+                remedy="set it to off",
+                code="no_checkpointing",
+            )
+        keywords = {"use_reentrant": False}
+        # Renamed in transformers 5.2x; the old name warns there.
+        if hasattr(self.causal, "activation_checkpointing_enable"):
+            self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs=keywords)
+        else:
+            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
+
+    def wants_checkpointing(self, tokens: int) -> bool:
+        """Whether a micro-batch of `tokens` tokens needs recomputation to fit, by the estimate of `memory.activation_bytes`."""
+        trained = sum(p.numel() for p in self.parameters_by_name().values())
+        return self.causal.supports_gradient_checkpointing and memory.wants_checkpointing(
+            self.causal.config, tokens, trained, self.dtype, self.device
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write weights and configuration: PEFT adapter files in fp32, or the whole model in `dtype`; no tokenizer.
+
+        A model trained in bf16 is rounded from its fp32 weights here.
+        """
+        if self.adapted:
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+            return
+        config = self.causal.config
+        before = config.dtype
+        config.dtype = self.dtype
+        try:
+            state = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in self.causal.state_dict().items()}
+            self.causal.save_pretrained(folder, state_dict=None if self.dtype == torch.float32 else state)
+        finally:
+            config.dtype = before
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the trained weights in their full precision, on the CPU."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters_by_name().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put `state` back. Raises BugError when names, shapes or precisions differ."""
+        ours = self.parameters_by_name()
+        if set(ours) != set(state):
+            odd = sorted(set(ours) ^ set(state))
+            raise BugError(f"the saved weights are those of another model: {len(odd)} names differ, e.g. {odd[0]}")
+        for name, parameter in ours.items():
+            if parameter.shape != state[name].shape or parameter.dtype != state[name].dtype:
+                raise BugError(
+                    f"saved as {tuple(state[name].shape)} {state[name].dtype}, here {tuple(parameter.shape)} {parameter.dtype}", where=name
+                )
+            with torch.no_grad():
+                parameter.copy_(state[name])
+
+    def note(self, text: str) -> None:
+        """Say, once and in the log, that something goes the plain way."""
+        self.notes.append(text)
+        logger.warning("model: %s", text)
+
+
+def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bool = True) -> Policy:
+    """Load the base, put the adapter on, choose the fast paths and prove them.
+
+    A base that is itself an adapter folder goes on training that adapter when the recipe asks for one of the same shape;
+    without an adapter it is merged in and all weights are trained. Raises ModelError and RecipeError as `load_base` and `attach`.
+    """
+    from tunesmith.model.probe import settle
+
+    spot = choose_device(device)
+    place = resolve(settings.base)
+    below = adapter_base(place)
+    if settings.adapter is None:
+        model = load_base(settings, spot, training=training, seed=seed)
+        model.requires_grad_(training)
+    elif below is None:
+        model = load_base(settings, spot, training=training, seed=seed)
+        model = adapters.attach(model, settings.adapter, seed=seed, base=place)
+    else:
+        model = load_base(settings.model_copy(update={"base": below, "revision": None}), spot, training=training, seed=seed)
+        model = adapters.read(model, place, training=training)
+        adapters.check_same(model, settings.adapter, place)
+    model.eval()
+    policy = Policy(model, choose_dtype(settings.dtype, spot))
+    settle(policy, settings.fast)
+    return policy
+
+
+def load_policy(
+    folder_or_id: str,
+    *,
+    adapter: str | None = None,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str = "auto",
+    fast: recipe.Fast | None = None,
+) -> Policy:
+    """A model to score or sample with, nothing trained: hub id, folder, run folder, adapter folder, or 'pocket'.
+
+    `adapter` puts an adapter folder (or a run folder) on top of the model named first.
+    """
+    from tunesmith.model.probe import settle
+
+    spot = choose_device(device)
+    place = resolve(folder_or_id)
+    on_top = resolve(adapter) if adapter is not None else None
+    below = adapter_base(place)
+    if below is not None:
+        if on_top is not None:
+            raise ModelError("both the model and --adapter are adapters", where=place, remedy="name a whole model", code="bad_adapter")
+        place, on_top = resolve(below), place
+    if on_top is not None and adapter_base(on_top) is None:
+        raise ModelError("this is a whole model, not an adapter", where=on_top, remedy="give it as the model", code="bad_adapter")
+    model = load_base(recipe.Model(base=place, dtype=dtype), spot, training=False)
+    if on_top is not None:
+        model = adapters.read(model, on_top, training=False)
+    model.requires_grad_(False).eval()
+    policy = Policy(model, choose_dtype(dtype, spot))
+    settle(policy, fast or recipe.Fast())
+    return policy

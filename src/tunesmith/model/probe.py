@@ -1,0 +1,179 @@
+"""Proof at load: the fast ways must give what the plain ones give on this very model, or they are not used.
+
+Random short documents of unequal length; the model's own attention, logits and PEFT forward, one document at a time, are
+the truth. Separation is also proven exactly: the gradient of one position's output with respect to every embedding outside
+its own past must be zero, whatever the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.core.errors import ModelError
+from tunesmith.core.recipe import Fast
+from tunesmith.core.types import Batch, Segment
+from tunesmith.model import attention, lora
+from tunesmith.model.adapter import lora_layers
+from tunesmith.model.forward import passes
+from tunesmith.model.head import HeadForm
+from tunesmith.model.load import seeded
+from tunesmith.model.policy import Policy
+
+LENGTHS = (9, 3, 21, 14)
+_FAILURES = (attention.LayoutError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError)
+
+
+def settle(policy: Policy, fast: Fast) -> None:
+    """Choose layout, head and LoRA forward for this policy by trying them, and note what goes the plain way and why."""
+    batch = probe_batch(policy.causal, policy.vocabulary)
+    training = policy.model.training
+    policy.model.eval()
+    with seeded(0, "probe"):
+        _check_causal(policy, batch)
+        truth = _one_by_one(policy, batch)
+        if fast.packed:
+            _settle_layout(policy, batch, truth)
+        if fast.head:
+            _settle_head(policy, batch, truth)
+        if fast.lora and policy.adapted:
+            _settle_lora(policy, batch)
+    policy.model.train(training)
+
+
+def probe_batch(causal: Any, vocabulary: int) -> Batch:
+    """A few short documents of random ordinary ids (none that the configuration names as special), all trained but the first."""
+    named = {v for k, v in causal.config.get_text_config().to_dict().items() if k.endswith("token_id") and isinstance(v, int)}
+    ordinary = np.array([i for i in range(vocabulary // 8, max(vocabulary // 2, vocabulary // 8 + 2)) if i not in named], np.int32)
+    ids = np.random.default_rng(0).choice(ordinary, sum(LENGTHS)).astype(np.int32)
+    stops = np.cumsum(LENGTHS)
+    train = np.ones(len(ids), np.float32)
+    train[[0, *stops[:-1]]] = 0
+    segments = tuple(Segment(int(b) - n, int(b), f"probe:{i}") for i, (b, n) in enumerate(zip(stops, LENGTHS, strict=True)))
+    return Batch(ids, train, segments)
+
+
+def _one_by_one(policy: Policy, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([policy.score(_alone(batch, s)).logp for s in batch.segments])
+
+
+def _alone(batch: Batch, segment: Segment) -> Batch:
+    a, b = segment.start, segment.stop
+    return Batch(batch.ids[a:b], batch.train[a:b], (Segment(0, b - a, segment.key),))
+
+
+def tolerance(policy: Policy, truth: Tensor) -> float:
+    """The largest difference that rounding explains: 1e-4 in fp32, in bf16 what its 8 bits leave of logits this large."""
+    size = float(truth.abs().max())
+    return 1e-4 * max(1.0, size / 10) if policy.dtype == torch.float32 else 0.02 * max(4.0, size)
+
+
+def _differs(policy: Policy, batch: Batch, truth: Tensor) -> float:
+    with torch.no_grad():
+        return float((policy.score(batch).logp - truth).abs().max())
+
+
+def _check_causal(policy: Policy, batch: Batch) -> None:
+    longest = max(batch.segments, key=lambda s: s.stop - s.start)
+    leak = _leak(policy, _alone(batch, longest))
+    if leak:
+        raise ModelError(
+            f"{type(policy.causal).__name__} looks ahead: a position depends on a later token", where="model.base",
+            remedy="use a causal language model", code="not_causal",
+        )  # fmt: skip
+
+
+def _leak(policy: Policy, batch: Batch) -> bool:
+    """Whether the output at the middle of the longest document depends on anything but that document up to there."""
+    one = passes(batch, policy.device, policy.layout)[0]
+    length = int(one.lengths.flatten()[0])
+    middle = length // 2
+    caught: list[Tensor] = []
+
+    def catch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        caught.append(output.detach().requires_grad_())
+        return caught[-1]
+
+    handle = policy.causal.get_input_embeddings().register_forward_hook(catch)
+    try:
+        with torch.enable_grad():
+            state = policy._run(one)[0, middle].float()
+            direction = torch.randn_like(state)
+            (gradient,) = torch.autograd.grad((state * direction).sum(), caught[0])
+    finally:
+        handle.remove()
+    return bool(gradient[0, middle + 1 :].any()) or bool(gradient[1:].any())
+
+
+def _settle_layout(policy: Policy, batch: Batch, truth: Tensor) -> None:
+    attention.register()
+    policy.layout = "packed"
+    reason = "its attention does not go through transformers' AttentionInterface"
+    try:
+        if policy.causal._can_set_attn_implementation():
+            policy.use_attention(attention.NAME)
+            difference = _differs(policy, batch, truth)
+            reason = f"packed and separate log-probabilities differ by {difference:.1e}"
+            if difference <= tolerance(policy, truth):
+                if not _leak(policy, batch):
+                    return
+                reason = "state crosses from one packed document into the next"
+    except _FAILURES as error:
+        reason = f"packed attention fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    policy.layout = "padded"
+    policy.use_attention(policy.own_attention)
+    policy.note(f"padded layout: {reason}")
+
+
+def head_forms(config: Any) -> list[HeadForm]:
+    """What the configuration says the head may do after its matrix product; which of them is true is tried out."""
+    values = config.get_text_config().to_dict()
+    cap = values.get("final_logit_softcapping")
+    scales = [values.get("logit_scale"), values.get("lm_head_multiplier"), values.get("logits_scaling")]
+    known = [float(s) for s in scales if isinstance(s, int | float) and s]
+    if values.get("logits_scaling"):
+        known.append(1.0 / float(values["logits_scaling"]))
+    return [HeadForm(scale, cap) for scale in [*known, 1.0]]
+
+
+def _settle_head(policy: Policy, batch: Batch, truth: Tensor) -> None:
+    output = policy.causal.get_output_embeddings()
+    difference = float("nan")
+    if type(output) is torch.nn.Linear:
+        plain = truth if policy.dtype == torch.float32 else policy.score(batch).logp.detach()
+        policy.head = "fast"
+        for form in head_forms(policy.causal.config):
+            policy.head_form = form
+            with contextlib.suppress(*_FAILURES):
+                difference = _differs(policy, batch, plain)
+                if difference <= tolerance(policy, truth):
+                    return
+    policy.head, policy.head_form = "plain", HeadForm()
+    policy.note(f"plain head: the fast one differs by {difference:.1e}")
+
+
+def _settle_lora(policy: Policy, batch: Batch) -> None:
+    """Compare on a non-zero update: the second factor is filled with noise for the comparison and put back."""
+    seconds = [layer.lora_B[name].weight for layer in lora_layers(policy.model) for name in layer.lora_B]
+    before = [w.detach().clone() for w in seconds]
+    try:
+        with torch.no_grad():
+            for w in seconds:
+                w.copy_(torch.randn_like(w) * 0.02)
+            plain = policy.score(batch).logp
+            fused = lora.fuse(policy.model)
+            difference = _differs(policy, batch, plain)
+    finally:
+        with torch.no_grad():
+            for w, old in zip(seconds, before, strict=True):
+                w.copy_(old)
+    if not fused or difference > tolerance(policy, plain):
+        lora.unfuse(policy.model)
+        policy.note("plain LoRA: " + (f"the fused one differs by {difference:.1e}" if fused else "no layer of a kind that can be fused"))
+        return
+    policy.lora = "fused"

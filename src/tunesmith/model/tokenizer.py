@@ -1,0 +1,89 @@
+"""Where a model lives, and its tokenizer; no torch here, so that `show` and `check` start quickly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.core.errors import ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+
+
+def resolve(base: str) -> str:
+    """The folder or hub id that `base` stands for: 'pocket', a run folder (its final/), a model folder, or a hub id.
+
+    Raises ModelError `no_model` when a path does not exist or holds no model.
+    """
+    if base == "pocket":
+        from tunesmith import pocket
+
+        return str(pocket.folder())
+    path = Path(base).expanduser()
+    if path.is_dir():
+        for folder in (path, path / "final"):
+            if (folder / CONFIG).is_file() or (folder / ADAPTER).is_file():
+                return str(folder)
+        raise ModelError(
+            f"the folder holds neither {CONFIG} nor {ADAPTER}, and no finished run",
+            where=base,
+            remedy="name a model folder, or a run folder with a final/ inside",
+            code="no_model",
+        )
+    if path.is_file() or base.startswith((".", "/", "~")) or base.count("/") > 1 or not base.strip():
+        raise no_model(base)
+    return base
+
+
+def no_model(base: str, reason: str = "there is no such folder") -> ModelError:
+    """The error for a model that cannot be found, with the nearest folder that exists."""
+    path = Path(base).expanduser()
+    beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    return ModelError(
+        f"no model '{base}': {reason}{did_you_mean(base, [*beside, 'pocket'])}",
+        where="model.base",
+        remedy="give a folder, a run folder, a hub id such as Qwen/Qwen3-0.6B, or 'pocket'",
+        code="no_model",
+    )
+
+
+def adapter_base(folder: str) -> str | None:
+    """The base that an adapter folder names, or None when the folder holds a whole model."""
+    path = Path(folder) / ADAPTER
+    if not path.is_file():
+        return None
+    from tunesmith.core.files import read_json
+
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ModelError("the adapter does not name its base", where=str(path), remedy="write base_model_name_or_path", code="bad_adapter")
+    return base
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model, with its own chat template.
+
+    An adapter folder without a tokenizer takes its base's. Raises ModelError `no_model` when there is none, and
+    `slow_tokenizer` when it is not a fast one (character offsets are needed to find the trained words).
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    place = resolve(base)
+    below = adapter_base(place)
+    if below is not None and not (Path(place) / "tokenizer_config.json").is_file():
+        return load_tokenizer(below, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise no_model(base, f"its tokenizer cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(
+            f"the tokenizer of '{base}' is a slow one ({type(tokenizer).__name__})",
+            where=place,
+            remedy="save a tokenizer.json with the model (tokenizers library)",
+            code="slow_tokenizer",
+        )
+    return tokenizer

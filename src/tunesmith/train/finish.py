@@ -1,0 +1,216 @@
+"""The end of a run: final folder, receipt, report; each written whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from tunesmith.core.card import Card, write_card
+from tunesmith.core.errors import ModelError
+from tunesmith.core.files import atomic_folder, read_json, write_json
+from tunesmith.core.load import Loaded, dump_yaml
+from tunesmith.core.log import logger
+from tunesmith.core.ports import SampleSettings
+from tunesmith.core.recipe import Recipe
+from tunesmith.core.types import Prompt, Score, content_hash
+from tunesmith.data.prepare import Prepared
+from tunesmith.data.render import stop_ids
+from tunesmith.data.template import ChatTemplate
+from tunesmith.evals.report import environment, write_report
+from tunesmith.evals.result import sample_row
+from tunesmith.evals.rows import as_text
+from tunesmith.evals.run import perplexity_score
+from tunesmith.infer.generate import generate
+from tunesmith.model.policy import Policy
+from tunesmith.train import receipt as receipts
+from tunesmith.train import state as states
+from tunesmith.train.loop import Job, perplexity
+from tunesmith.train.sinks import read_metrics
+from tunesmith.train.state import Identity
+
+SAMPLE = SampleSettings(max_new_tokens=96, temperature=0.0)
+
+
+def finished(run: Path, identity: Identity) -> dict[str, Any] | None:
+    """The result of a finished run of the same identity, or None."""
+    if not (run / "result.json").exists() or not (run / "final").is_dir():
+        return None
+    stored = read_json(run / "receipt.json")
+    result: dict[str, Any] = read_json(run / "result.json")
+    return result if stored["identity"] == content_hash(asdict(identity)) else None
+
+
+def remember_before(run: Path, policy: Policy, tokenizer: Any, prepared: Prepared, *, fresh: bool) -> None:
+    """Write before.json: what the untrained model answers to the report's prompts and says of the probes."""
+    if not fresh and (run / "before.json").exists():
+        return
+    probes = receipts.probe_rows(prepared.validation or prepared.train)
+    policy.train_mode(False)
+    before = {
+        "answers": answers(policy, tokenizer, prepared.template, prepared.prompts),
+        "probe_logprobs": receipts.live_logprobs(policy, probes),
+    }
+    write_json(run / "before.json", before)
+
+
+def answers(policy: Policy, tokenizer: Any, template: ChatTemplate, prompts: Sequence[Prompt]) -> list[str]:
+    """Greedy answers to prompts."""
+    if not prompts:
+        return []
+    rows = generate(policy, tokenizer, template, prompts, SAMPLE)
+    return [row["completions"][0]["text"] for row in rows]
+
+
+def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds: float) -> dict[str, Any]:
+    """Write final/, receipt.json, report and result.json, and return the result.
+
+    Raises ModelError (nothing_learned) when the trained model says exactly what the base says, and (reread_differs) when the
+    saved files, read with plain transformers or PEFT, say something else than the model in memory.
+    """
+    recipe, run, policy, progress = job.recipe, job.run, job.policy, job.progress
+    _take_best(job)
+    policy.train_mode(False)
+    probes = receipts.probe_rows(prepared.validation or prepared.train)
+    live = receipts.live_logprobs(policy, probes)
+    before = read_json(run / "before.json")
+    after = answers(policy, tokenizer, prepared.template, prepared.prompts)
+    scores = _scores(job, prepared)
+    final = run / "final"
+    save_final(final, policy, tokenizer, prepared.template, recipe)
+    device = str(policy.device)
+    if device.startswith("cuda"):
+        policy.model.to("cpu")  # room for the copy that is read back
+    proof = receipts.reread(final, probes, live, receipts.precision(policy), device)
+    change = receipts.largest_difference(live, before["probe_logprobs"])
+    env = environment(device)
+    receipt = {
+        "identity": content_hash(asdict(job.identity)),
+        "hashes": {
+            "base": job.identity.base,
+            "data": job.identity.data,
+            "template": job.identity.template,
+            "recipe": recipe.hash(),
+            "code": receipts.code_hash(),
+            "final": receipts.final_hash(final),
+        },
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "trained_tokens": progress.trained_tokens,
+        **proof,
+        "max_abs_logprob_change_from_base": change,
+        "fast_paths": {"layout": policy.layout, "head": policy.head, "lora": policy.lora, "notes": list(policy.notes)},
+        "environment": env,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(run / "receipt.json", receipt)
+    rows = [
+        sample_row(prompt.key, as_text(prompt.messages), prompt.truth, new, {}, base=old)
+        for prompt, old, new in zip(prepared.prompts, before["answers"], after, strict=True)
+    ]
+    write_report(
+        run,
+        title=run.name,
+        recipe_yaml=dump_yaml(loaded),
+        metrics=_curve(job),
+        scores=scores,
+        samples=rows,
+        ledger=prepared.ledger.as_dict(),
+        receipt=receipt,
+        environment=env,
+    )
+    result = _result(job, receipt, seconds)
+    write_json(run / "result.json", result)
+    _demand_proof(run, receipt, probes=len(probes))
+    return result
+
+
+def _take_best(job: Job) -> None:
+    best = job.progress.best_step
+    if job.recipe.run.use_best and best is not None and best != job.progress.step:
+        logger.info("final/ takes the best validated step %d (the last was %d)", best, job.progress.step)
+        job.policy.load_state(safetensors.torch.load_file(states.folder_of(job.run, best) / "weights.safetensors"))
+
+
+def _scores(job: Job, prepared: Prepared) -> list[Score]:
+    """Validation perplexity with its interval; the base beside it was measured before the first step."""
+    if not prepared.validation or job.progress.start_loss is None:
+        return []
+    base = perplexity(job.progress.start_loss)
+    return [perplexity_score(job.policy, job.validation or [], task="validation", seed=job.recipe.run.seed, base_value=base)]
+
+
+def save_final(final: Path, policy: Policy, tokenizer: Any, template: ChatTemplate, recipe: Recipe) -> None:
+    """Write the model, its tokenizer and the template that it was trained with, loadable without tunesmith."""
+    if template.text is not None:
+        tokenizer.chat_template = template.text
+    stops = stop_ids(template, tokenizer)
+    # What plain `generate` stops at; an adapter folder has no generation configuration of its own.
+    policy.causal.generation_config.eos_token_id = list(stops)
+    with atomic_folder(final) as folder:
+        policy.save(folder)
+        tokenizer.save_pretrained(str(folder))
+        card = Card(
+            recipe.model.base,
+            recipe.model.revision,
+            receipts.precision(policy),
+            recipe.model.adapter is not None,
+            template.source,
+            template.hash,
+            dict(template.options),
+            stops,
+            recipe.hash(),
+        )
+        write_card(folder, card)
+
+
+def _curve(job: Job) -> list[dict[str, Any]]:
+    rows = read_metrics(job.run / "metrics.jsonl")
+    if job.progress.start_loss is not None:
+        rows.insert(0, {"step": 0, "eval/loss": job.progress.start_loss, "eval/perplexity": perplexity(job.progress.start_loss)})
+    return rows
+
+
+def _result(job: Job, receipt: dict[str, Any], seconds: float) -> dict[str, Any]:
+    rows = read_metrics(job.run / "metrics.jsonl")
+    evaluated = [row for row in rows if "eval/loss" in row]
+    last = {**(rows[-1] if rows else {}), **({k: v for k, v in evaluated[-1].items() if k.startswith("eval/")} if evaluated else {})}
+    progress = job.progress
+    best = None if progress.best_step is None else {"step": progress.best_step, "eval/loss": progress.best_loss}
+    return {
+        "run": str(job.run),
+        "steps": progress.step,
+        "final": str(job.run / "final"),
+        "metrics": last,
+        "start": None if progress.start_loss is None else {"eval/loss": progress.start_loss},
+        "best": best,
+        "seconds": seconds,
+        "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+        "receipt": {
+            "path": str(job.run / "receipt.json"),
+            **{k: receipt[k] for k in ("max_abs_logprob_diff", "tolerance", "passed", "max_abs_logprob_change_from_base")},
+        },
+        "report": str(job.run / "report.html"),
+    }
+
+
+def _demand_proof(run: Path, receipt: dict[str, Any], probes: int) -> None:
+    if not receipt["passed"]:
+        raise ModelError(
+            f"the saved model differs from the trained one: log-probabilities by up to {receipt['max_abs_logprob_diff']:.3g}, "
+            f"tolerance {receipt['tolerance']:.3g}",
+            where=str(run / "final"),
+            remedy="the checkpoint is intact; please report this with receipt.json",
+            code="reread_differs",
+        )
+    if probes and receipt["max_abs_logprob_change_from_base"] == 0.0:
+        raise ModelError(
+            "nothing was learned: the trained model gives exactly the log-probabilities of its base",
+            where=str(run / "final"),
+            remedy="raise optim.lr or train longer; see metrics.jsonl",
+            code="nothing_learned",
+        )

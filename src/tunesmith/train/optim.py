@@ -1,0 +1,54 @@
+"""How weights move: parameter groups, AdamW, and the learning-rate schedule as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch.nn import Parameter
+
+from tunesmith.core import recipe as settings
+from tunesmith.core.errors import BugError
+
+
+def decays(name: str, parameter: Parameter) -> bool:
+    """Weight decay is for matrices: not for norms and biases (one axis) and not for embeddings."""
+    return parameter.ndim >= 2 and "embed" not in name
+
+
+def build_optimizer(optim: settings.Optim, lr: float, parameters: Mapping[str, Parameter]) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov 2019, arXiv:1711.05101) over every trainable parameter, decayed and undecayed apart."""
+    groups = [
+        {"params": [p for n, p in parameters.items() if decays(n, p)], "weight_decay": optim.weight_decay},
+        {"params": [p for n, p in parameters.items() if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in parameters.items() if id(p) not in held]
+    if missing or not held:
+        raise BugError(f"{len(missing)} trainable tensors are not in the optimizer", where=", ".join(missing[:3]), code="not_covered")
+    return optimizer
+
+
+def peak_lr(optim: settings.Optim, adapter: bool) -> float:
+    """The learning rate named, or the usual one: 2e-4 for adapters, 2e-5 for all weights."""
+    return optim.lr if optim.lr is not None else (2e-4 if adapter else 2e-5)
+
+
+def warmup_steps(optim: settings.Optim, total: int) -> int:
+    """Steps of linear warm-up: a fraction of all steps when below 1, else a number of steps."""
+    return min(total, math.ceil(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup))
+
+
+def lr_factor(optim: settings.Optim, step: int, total: int) -> float:
+    """The share of the peak learning rate that step 0..total-1 uses."""
+    warm = warmup_steps(optim, total)
+    if step < warm:
+        return (step + 1) / warm
+    if optim.schedule == "constant":
+        return 1.0
+    # The first step after warm-up is at the peak, the last one at the final rate.
+    done = (step - warm) / max(1, total - 1 - warm)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1 - done
+    return optim.final_lr + (1 - optim.final_lr) * shape

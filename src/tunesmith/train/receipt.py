@@ -1,0 +1,157 @@
+"""The receipt of a run: what went in (hashes), and proof that what was written is what was trained (probes)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+import tunesmith
+from tunesmith.core.errors import CheckpointError
+from tunesmith.core.files import file_hash, folder_hash, read_json
+from tunesmith.core.types import Tokens
+from tunesmith.data.dataset import TokenSet
+from tunesmith.data.pack import pack
+from tunesmith.evals.report import environment
+from tunesmith.model.load import choose_device
+from tunesmith.model.policy import Policy
+from tunesmith.model.reread import load_plain, plain_logprobs
+
+PROBES = 4
+PROBE_ANSWER = 32
+PROBE_PROMPT = 480
+# Adding floats in another order moves a log-probability by about this much; bf16 keeps 8 bits of mantissa.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
+
+
+def precision(policy: Policy) -> str:
+    """fp32 or bf16: what the model's products are computed in and what is saved."""
+    return "bf16" if policy.dtype == torch.bfloat16 else "fp32"
+
+
+def probe_rows(rows: TokenSet) -> list[Tokens]:
+    """Short pieces of the first rows: a prompt of at most 480 ids and up to 32 trained ids that follow it."""
+    probes = []
+    for place in range(len(rows)):
+        row = rows[place]
+        trained = np.flatnonzero(row.train)
+        if not len(trained):
+            continue
+        start = int(trained[0])
+        stop = start + 1
+        while stop < len(row) and row.train[stop] and stop - start < PROBE_ANSWER:
+            stop += 1
+        if start > PROBE_PROMPT:
+            continue
+        train = np.zeros(stop, np.float32)
+        train[start:stop] = 1
+        probes.append(Tokens(row.ids[:stop], train, row.key))
+        if len(probes) == PROBES:
+            break
+    return probes
+
+
+@torch.no_grad()
+def live_logprobs(policy: Policy, probes: Sequence[Tokens]) -> list[list[float]]:
+    """What the model in memory says of the probes."""
+    out = []
+    for probe in probes:
+        outputs = policy.score(pack([probe], len(probe))[0])
+        out.append([float(value) for value in outputs.logp.float().tolist()])
+    return out
+
+
+def split_probe(probe: Tokens) -> tuple[list[int], list[int]]:
+    """Prompt ids and answer ids of a probe."""
+    start = int(np.flatnonzero(probe.train)[0])
+    return probe.ids[:start].tolist(), probe.ids[start:].tolist()
+
+
+def largest_difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
+    """The largest absolute difference of two lists of log-probabilities; NaN counts as infinite."""
+    pairs = [(a, b) for one, two in zip(left, right, strict=True) for a, b in zip(one, two, strict=True)]
+    return max((abs(a - b) if a == a and b == b else float("inf") for a, b in pairs), default=0.0)
+
+
+def reread(final: Path, probes: Sequence[Tokens], live: Sequence[Sequence[float]], dtype: str, device: str) -> dict[str, Any]:
+    """Load `final` with plain transformers or PEFT and compare its log-probabilities with those of the model in memory."""
+    model = load_plain(final, dtype, device)
+    prompts, answers = zip(*(split_probe(probe) for probe in probes), strict=True) if probes else ((), ())
+    said = plain_logprobs(model, prompts, answers)
+    difference = largest_difference(said, live)
+    rows = [
+        {"key": probe.key, "prompt_ids": prompt, "ids": answer, "logprobs": logprobs}
+        for probe, prompt, answer, logprobs in zip(probes, prompts, answers, said, strict=True)
+    ]
+    return {
+        "probes": rows,
+        "dtype": dtype,
+        "max_abs_logprob_diff": difference,
+        "tolerance": TOLERANCE[dtype],
+        "passed": difference <= TOLERANCE[dtype],
+    }
+
+
+def model_hash(folder: str, revision: str | None) -> str:
+    """SHA-256 of a model folder's weights and configuration; of the cached snapshot for a hub id."""
+    path = Path(folder)
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(folder, revision=revision, local_files_only=True))
+    return folder_hash(path, (".safetensors", ".bin", "config.json"))
+
+
+def code_hash() -> str:
+    """SHA-256 of the installed package's source."""
+    return folder_hash(Path(tunesmith.__file__).parent, (".py", ".jinja"))
+
+
+def final_hash(final: Path) -> dict[str, str]:
+    """SHA-256 of every file of the final folder."""
+    return {path.relative_to(final).as_posix(): file_hash(path) for path in sorted(final.rglob("*")) if path.is_file()}
+
+
+def verify(run: Path, device: str) -> dict[str, Any]:
+    """Compare a finished run with its receipt: hashes of final/, and the log-probabilities of the probes read anew.
+
+    Raises CheckpointError when there is no finished run.
+    """
+    if not (run / "receipt.json").exists():
+        raise CheckpointError("there is no receipt", where=str(run), remedy="name the folder of a finished run", code="no_receipt")
+    stored = read_json(run / "receipt.json")
+    now = final_hash(run / "final")
+    then = stored["hashes"]["final"]
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    probes = stored["probes"]
+    model = load_plain(run / "final", stored["dtype"], str(choose_device(device)))
+    said = plain_logprobs(model, [p["prompt_ids"] for p in probes], [p["ids"] for p in probes])
+    difference = largest_difference(said, [p["logprobs"] for p in probes])
+    return {
+        "run": str(run),
+        "changed_files": changed,
+        "probes": len(probes),
+        "max_abs_logprob_diff": difference,
+        "tolerance": stored["tolerance"],
+        "passed": not changed and difference <= stored["tolerance"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What this machine offers."""
+    found = environment("cuda:0" if torch.cuda.is_available() else "cpu")
+    found |= {
+        "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "free_gb": round(psutil.virtual_memory().available / 1e9, 1),
+        "bf16": bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)),
+    }
+    for name in ("tensorboard", "wandb", "mlflow", "trackio", "trl"):
+        found[name] = "installed" if importlib.util.find_spec(name) else "not installed"
+    return found

@@ -1,0 +1,207 @@
+"""From a recipe to a finished run folder: build, go on where a run was left, train, save, prove, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.core.errors import CheckpointError, TunesmithError
+from tunesmith.core.files import read_json, write_json, write_text
+from tunesmith.core.load import Loaded, dump_yaml, load_recipe, load_tree
+from tunesmith.core.log import logger
+from tunesmith.core.recipe import Recipe
+from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.model.load import check_vocabulary, choose_device, resolve
+from tunesmith.model.policy import Policy, build_policy
+from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.objective import methods
+from tunesmith.train import finish, receipt
+from tunesmith.train import state as states
+from tunesmith.train.loop import Job, run_loop, stop_on_signal
+from tunesmith.train.optim import build_optimizer, peak_lr
+from tunesmith.train.parallel import Ranks, join, leave
+from tunesmith.train.receipt import precision
+from tunesmith.train.sinks import Sinks, open_sinks
+from tunesmith.train.source import Offline
+from tunesmith.train.state import Identity, Progress
+from tunesmith.train.step import Budget
+
+Result = dict[str, Any]
+
+
+class Interrupted(TunesmithError):
+    """The run was asked to stop; a checkpoint is written and the same command goes on."""
+
+    code = "interrupted"
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | Sequence[Loaded], *, set_values: Iterable[str] = (), fresh: bool = False
+) -> Result:
+    """Train what a recipe says, going on by itself where an earlier, interrupted run of it was left.
+
+    `recipe` is a file, a raw tree or a Recipe; `set_values` are words like "optim.lr=1e-4"; `fresh` moves an earlier run aside.
+    Returns {"run", "steps", "final", "metrics", "best", "seconds", "tokens_per_s", "receipt"}, or {"stages": [...]} for stages.
+    Raises the errors of core/errors.py, and Interrupted after Ctrl-C.
+    """
+    loaded = _loaded(recipe, set_values)
+    if len(loaded) == 1 and not loaded[0].name:
+        return train_one(loaded[0], fresh=fresh)
+    results = []
+    for stage in loaded:
+        logger.info("stage %s", stage.name)
+        results.append({**train_one(stage, fresh=fresh), "name": stage.name})
+    return {"stages": results}
+
+
+def _loaded(recipe: str | Path | Mapping[str, Any] | Recipe | Sequence[Loaded], words: Iterable[str]) -> list[Loaded]:
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, words)
+    if isinstance(recipe, Recipe):
+        return load_tree(recipe.as_dict())
+    if isinstance(recipe, Mapping):
+        return load_tree(recipe)
+    return list(recipe)
+
+
+@dataclass
+class Built:
+    """The parts of a run before its first step."""
+
+    prepared: Prepared
+    tokenizer: Any
+    policy: Policy
+    job: Job
+
+
+def train_one(loaded: Loaded, *, fresh: bool = False) -> Result:
+    """Train one recipe; a finished run with the same identity is not run again."""
+    recipe = loaded.recipe
+    ranks = join(recipe.run.device)
+    try:
+        run = Path(recipe.run.out)
+        if fresh and ranks.first:
+            states.set_aside(run)
+        ranks.barrier()
+        started = time.perf_counter()
+        identity, prepared, tokenizer = _identify(recipe, run, ranks)
+        done = finish.finished(run, identity)
+        if done is not None:
+            logger.info("%s is finished already and nothing changed; use --fresh to train it again", run)
+            return done
+        built = _build(loaded, run, identity, prepared, tokenizer, ranks)
+        return _train(loaded, built, started)
+    finally:
+        leave()
+
+
+def _identify(recipe: Recipe, run: Path, ranks: Ranks) -> tuple[Identity, Prepared, Any]:
+    methods(recipe.objective)  # a misspelt objective is an error before any work
+    base = resolve(recipe.model.base)
+    tokenizer = load_tokenizer(base, recipe.model.revision)
+    if not ranks.first:
+        ranks.barrier()  # the first rank fills the cache, the others read it
+    prepared = prepare(recipe, tokenizer)
+    if ranks.first:
+        ranks.barrier()
+        logger.info("%s", prepared.ledger.summary())
+    base_hash = receipt.model_hash(base, recipe.model.revision)
+    data_hash = prepared.train.hash + (prepared.validation.hash if prepared.validation else "")
+    identity = Identity(recipe.identity(), data_hash, prepared.template.hash, base_hash)
+    saved = states.steps_saved(run)
+    if saved:
+        states.demand_same(states.read_state(states.folder_of(run, saved[-1]))[1], identity, run)
+    elif (run / "receipt.json").exists() and finish.finished(run, identity) is None:
+        raise CheckpointError(
+            "the folder holds a finished run of another recipe",
+            where=str(run),
+            remedy="choose another run.out, or start anew with --fresh (the old run is kept aside)",
+            code="other_run",
+        )
+    return identity, prepared, tokenizer
+
+
+def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, tokenizer: Any, ranks: Ranks) -> Built:
+    recipe = loaded.recipe
+    device = str(choose_device(recipe.run.device if ranks.world == 1 else _rank_device(recipe.run.device, ranks)))
+    torch.manual_seed(recipe.run.seed)
+    policy = build_policy(recipe.model, device, seed=recipe.run.seed)
+    check_vocabulary(policy.causal, tokenizer)
+    policy.set_neftune(recipe.run.neftune_alpha)
+    source = Offline(prepared.train, recipe.run)
+    budget = Budget(micro_tokens(recipe, device))
+    longest = max(int(prepared.train.lengths.max()), min(budget.tokens, int(prepared.train.lengths.sum())))
+    policy.set_checkpointing(
+        policy.wants_checkpointing(longest) if recipe.run.checkpointing == "auto" else recipe.run.checkpointing == "on"
+    )
+    parameters = policy.parameters_by_name()
+    lr = peak_lr(recipe.optim, recipe.model.adapter is not None)
+    optimizer = build_optimizer(recipe.optim, lr, parameters)
+    progress = Progress()
+    saved = states.steps_saved(run)
+    if ranks.first:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "recipe.yaml", dump_yaml(loaded))
+        write_json(run / "ledger.json", prepared.ledger.as_dict())
+        finish.remember_before(run, policy, tokenizer, prepared, fresh=not saved)
+    ranks.barrier()
+    # Every rank must begin from the same random state, whatever was sampled above; dropout then differs by rank.
+    torch.manual_seed(recipe.run.seed + ranks.rank)
+    if saved:
+        folder = states.folder_of(run, saved[-1])
+        progress, _ = states.read_state(folder)
+        states.restore(folder, policy, optimizer)
+        logger.info("going on after step %d of %d", progress.step, source.total)
+    trained = sum(p.numel() for p in parameters.values())
+    logger.info(
+        "training %s of %s parameters on %s rows for %d steps (%s, %s, layout %s)",
+        f"{trained:,}",
+        f"{sum(p.numel() for p in policy.model.parameters()):,}",
+        f"{len(prepared.train):,}",
+        source.total,
+        device,
+        precision(policy),
+        policy.layout,
+    )
+    validation = [prepared.validation[i] for i in range(len(prepared.validation))] if prepared.validation else None
+    sinks = Sinks([])
+    if ranks.first:
+        sinks = open_sinks(run, recipe.run.trackers, recipe.as_dict(), total=source.total, done=progress.step)
+    job = Job(recipe, run, policy, optimizer, lr, methods(recipe.objective), source, validation, identity, progress, budget, ranks, sinks)
+    return Built(prepared, tokenizer, policy, job)
+
+
+def micro_tokens(recipe: Recipe, device: str) -> int:
+    """Tokens of one forward pass: what the recipe says, or what suits the device's caches (CPU) or its width (GPU)."""
+    if isinstance(recipe.run.micro_tokens, int):
+        return recipe.run.micro_tokens
+    return 16_384 if device.startswith("cuda") else 1_024
+
+
+def _rank_device(device: str, ranks: Ranks) -> str:
+    return f"cuda:{ranks.local}" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def _train(loaded: Loaded, built: Built, started: float) -> Result:
+    job = built.job
+    with stop_on_signal() as stop:
+        try:
+            complete = run_loop(job, stop)
+        finally:
+            job.sinks.close()
+    if not complete:
+        raise Interrupted(
+            f"stopped after step {job.progress.step} of {job.source.total}; everything is saved",
+            where=str(job.run),
+            remedy="run the same command again to go on from here",
+        )
+    result: Result = {}
+    if job.ranks.first:
+        result = finish.finish(loaded, job, built.prepared, built.tokenizer, time.perf_counter() - started)
+    job.ranks.barrier()
+    return result or read_json(job.run / "result.json")

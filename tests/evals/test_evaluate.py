@@ -1,0 +1,285 @@
+"""Evaluation end to end on tiny models: against plain transformers loops, and with the base beside the tuned model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as Bytes
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tunesmith.core.errors import DataError, GradeError, ModelError, RecipeError
+from tunesmith.core.ports import SampleSettings
+from tunesmith.data.render import render, render_prompt, stop_ids
+from tunesmith.evals.likelihood import row_sums
+from tunesmith.evals.measure import credit, final_words
+from tunesmith.evals.opening import Opened, open_model
+from tunesmith.evals.rows import as_text, read_cases
+from tunesmith.evals.run import evaluate, evaluate_policy, perplexity_score
+from tunesmith.infer.generate import generate, raw_ids, read_prompts, sampler_of
+from tunesmith.model.policy import Policy
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ANSWERS = ["one", "two", "three hundred", "four", "five six seven", "eight"]
+
+
+def dialogs(answers: list[str] = ANSWERS) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": f"question {place} " * (place + 1)}, {"role": "assistant", "content": answer}]}
+        for place, answer in enumerate(answers)
+    ]
+
+
+def texts() -> list[dict[str, Any]]:
+    return [{"text": "a short line"}, {"text": "the second line is quite a bit longer " * 3}, {"text": "over the context " * 30}]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny base and an adapter on it that changes what it says."""
+    root = tmp_path_factory.mktemp("models")
+    letters = sorted(ByteLevel.alphabet())
+    inner = Tokenizer(BPE({letter: place for place, letter in enumerate(letters)}, []))
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), Bytes()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=264, max_position_embeddings=256, initializer_range=0.3, eos_token_id=None, bos_token_id=None, **shape)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(root / "base")
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    tuned.peft_config["default"].base_model_name_or_path = str(root / "base")
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.5)
+    tuned.save_pretrained(root / "adapter")
+    for name in ("base", "adapter"):
+        tokenizer.save_pretrained(root / name)
+    return {"base": str(root / "base"), "adapter": str(root / "adapter")}
+
+
+@pytest.fixture(scope="module")
+def base(folders: dict[str, str]) -> Opened:
+    return open_model(folders["base"], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tuned(folders: dict[str, str]) -> Opened:
+    return open_model(folders["adapter"], device="cpu")
+
+
+def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+
+
+def plain(folder: str) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def answer_nll(model: Any, opened: Opened, question: str, answer: str, *, stop: bool) -> tuple[float, int]:
+    """The plain way: ids by hand, one forward, no packing."""
+    prompt = opened.tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    words = opened.tokenizer(answer + ("<|im_end|>" if stop else ""))["input_ids"]
+    logp = logits_of(model, prompt + words)
+    return -sum(float(logp[len(prompt) - 1 + k, token]) for k, token in enumerate(words)), len(words)
+
+
+def test_perplexity_of_answers_is_what_a_plain_loop_gives(base: Opened, folders: dict[str, str]) -> None:
+    report = evaluate_policy(base, ["perplexity"], dialogs(), seed=3)
+    model = plain(folders["base"])
+    pairs = [answer_nll(model, base, f"question {k} " * (k + 1), answer, stop=True) for k, answer in enumerate(ANSWERS)]
+    score = report.scores[0]
+    assert score.value == pytest.approx(math.exp(sum(x for x, _ in pairs) / sum(n for _, n in pairs)), rel=1e-5)
+    assert (score.n, score.seed, score.base_value) == (len(ANSWERS), 3, None)
+    assert score.low < score.value < score.high
+
+
+def test_perplexity_of_text_counts_every_token_once_even_over_the_context(base: Opened, folders: dict[str, str]) -> None:
+    report = evaluate_policy(base, ["perplexity"], texts())
+    model, total, count = plain(folders["base"]), 0.0, 0
+    for row in texts():
+        ids = base.tokenizer(row["text"] + "<|endoftext|>")["input_ids"]
+        first = True
+        while len(ids) > 1:
+            part = ids[:256]
+            logp = logits_of(model, part)
+            total -= sum(float(logp[k, token]) for k, token in enumerate(part[1:]))
+            count += len(part) - 1
+            # The next piece begins with the last token of this one.
+            ids, first = ids[255:], False
+        assert not first
+    assert report.scores[0].value == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert report.scores[0].n == 3, "pieces of one text are one row of the bootstrap"
+
+
+def test_the_base_beside_an_adapter_is_the_base(tuned: Opened, base: Opened, folders: dict[str, str]) -> None:
+    tasks: list[Any] = ["perplexity", "exact_match", {"name": "choice", "options": ANSWERS}]
+    report = evaluate(folders["adapter"], tasks, dialogs(), max_new_tokens=6, device="cpu")
+    alone = evaluate_policy(base, tasks, dialogs(), max_new_tokens=6)
+    own = evaluate(folders["adapter"], tasks, dialogs(), base="none", max_new_tokens=6, device="cpu")
+    assert report.base == folders["base"]
+    assert own.base is None
+    for result, other, mine in zip(report.results, alone.results, own.results, strict=True):
+        assert result.score.base_value == pytest.approx(other.score.value, rel=1e-5)
+        assert (result.base.low, result.base.high) == pytest.approx((other.score.low, other.score.high), rel=1e-5)
+        assert replace(result.score, base_value=None) == mine.score
+    assert [row["base"] for row in report.samples] == [row["tuned"] for row in alone.samples]
+    assert [row["base"] for row in report.samples] != [row["tuned"] for row in report.samples]
+    ppl = report.get("perplexity")
+    assert ppl.difference.value == pytest.approx(ppl.score.value - ppl.score.base_value)
+    assert evaluate(folders["adapter"], tasks, dialogs(), base=folders["base"], max_new_tokens=6, device="cpu").results == report.results
+
+
+def test_the_json_has_the_keys_that_are_promised(base: Opened) -> None:
+    report = evaluate_policy(base, ["perplexity", "exact_match"], dialogs(), max_new_tokens=3, name="mine")
+    tree = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert {"model", "base", "scores", "samples"} <= tree.keys()
+    assert (tree["model"], tree["base"]) == ("mine", None)
+    for row in tree["scores"]:
+        assert {"task", "metric", "value", "n", "low", "high", "base_value", "seed"} <= row.keys()
+    again = evaluate_policy(base, ["perplexity", "exact_match"], dialogs(), max_new_tokens=3, name="mine").as_dict()
+    assert {**again, "seconds": 0} == {**report.as_dict(), "seconds": 0}, "same seed, same numbers"
+    assert report.settings_hash != evaluate_policy(base, ["perplexity", "exact_match"], dialogs(), max_new_tokens=4).settings_hash
+
+
+def test_grades_follow_the_answers(base: Opened) -> None:
+    asked = [row["messages"][:1] for row in dialogs()]
+    prompts = [case.prompt().messages for case in read_cases(dialogs())]
+    rows = generate(base.policy, base.tokenizer, base.template, prompts, SampleSettings(max_new_tokens=5, temperature=0.0))
+    said = [row["completions"][0]["text"] for row in rows]
+    assert all(text.strip() for text in said)
+    truths = [text if place < 4 else "something else" for place, text in enumerate(said)]
+    data = [{"messages": [*turns, {"role": "assistant", "content": truth}]} for turns, truth in zip(asked, truths, strict=True)]
+    report = evaluate_policy(base, ["exact_match", {"name": "json_valid", "label": "valid"}], data, max_new_tokens=5)
+    assert report.get("exact_match").score.value == pytest.approx(4 / 6)
+    assert report.get("valid").score.metric == "valid"
+    assert [row["grades"]["exact_match"] for row in report.samples] == [1, 1, 1, 1, 0, 0]
+    assert [row["tuned"] for row in report.samples] == said
+    assert final_words("<think>{</think>\n{}") == "\n{}"
+
+
+def test_a_choice_is_made_by_the_options_own_log_probability(base: Opened, folders: dict[str, str]) -> None:
+    data = [{"question": f"which {k}?", "choices": ["a", "bb bb bb", "the third"], "answer": k} for k in range(3)]
+    report = evaluate_policy(base, ["choice"], data)
+    model = plain(folders["base"])
+    right = {"accuracy": 0, "accuracy_per_byte": 0}
+    for row in data:
+        logps = [-answer_nll(model, base, row["question"], text, stop=False)[0] for text in row["choices"]]
+        right["accuracy"] += int(np.argmax(logps)) == row["answer"]
+        right["accuracy_per_byte"] += (
+            int(np.argmax([x / len(text) for x, text in zip(logps, row["choices"], strict=True)])) == row["answer"]
+        )
+    assert {result.score.metric: result.score.value * 3 for result in report.results} == pytest.approx(right)
+    assert credit(np.array([1.0, 2.0, 2.0]), 1) == 0.5, "a tie is no matter of order"
+
+
+def test_sampled_log_probs_are_the_scored_ones(tuned: Opened) -> None:
+    """Through the adapter, the packed attention and its switching off for generation."""
+    case = read_cases(dialogs())[2]
+    ids = render_prompt(case.prompt().messages, (), tuned.template, tuned.tokenizer)
+    stops = stop_ids(tuned.template, tuned.tokenizer)
+    before = tuned.policy.causal.config._attn_implementation
+    for temperature in (0.0, 1.3):
+        [[one]] = sampler_of(tuned.policy, tuned.tokenizer, stops).sample([ids], SampleSettings(max_new_tokens=12, temperature=temperature))
+        row = render(case.example, tuned.template, tuned.tokenizer)[0].tokens
+        whole = np.array([*ids, *one.ids], np.int32)
+        train = np.r_[np.zeros(len(ids)), np.ones(len(one.ids))].astype(np.float32)
+        sums, counts = row_sums(tuned.policy, [replace(row, ids=whole, train=train), row])
+        assert -sum(one.logprobs) == pytest.approx(float(sums[0]), abs=1e-4)
+        assert counts[0] == len(one.ids)
+    assert tuned.policy.causal.config._attn_implementation == before
+
+
+def test_row_sums_weigh_tokens_and_leave_modes_alone(base: Opened) -> None:
+    row = render(read_cases(dialogs())[4].example, base.template, base.tokenizer)[0].tokens
+    half = replace(row, train=row.train * 0.5)
+    base.policy.model.train()
+    sums, weights = row_sums(base.policy, [row, half], capacity=8)
+    assert base.policy.model.training
+    base.policy.model.eval()
+    assert sums[1] == pytest.approx(sums[0] / 2)
+    assert weights.tolist() == [row.train.sum(), row.train.sum() / 2]
+    score = perplexity_score(base.policy, [row, half, row], base_value=9.0)
+    assert score.value == pytest.approx(math.exp(sums[0] / weights[0]))
+    assert score.base_value == 9.0
+
+
+def test_weights_with_nan_are_an_error_and_no_number(folders: dict[str, str]) -> None:
+    model = plain(folders["base"])
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    broken = open_model(folders["base"], device="cpu")
+    policy = Policy(model, torch.float32)
+    with pytest.raises(ModelError, match="not a number"):
+        evaluate_policy(replace(broken, policy=policy), ["perplexity"], dialogs())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows", "error", "words"),
+    [
+        (["perplexty"], dialogs(), RecipeError, "did you mean 'perplexity'"),
+        ([{"name": "exact_match", "ignore_cas": True}], dialogs(), RecipeError, "did you mean 'ignore_case'"),
+        ([{"name": "perplexity", "stride": 1}], dialogs(), RecipeError, "no setting 'stride'"),
+        (["exact_match", "exact_match"], dialogs(), RecipeError, "two tasks"),
+        ([], dialogs(), RecipeError, "no task"),
+        (["json_fields"], dialogs(), GradeError, "row:1: truth"),
+        (["exact_match"], texts(), DataError, "no question"),
+        ([{"name": "choice", "options": ["x", "y"]}], dialogs(), RecipeError, "none of the options"),
+        (["choice"], [{"question": "?", "choices": ["a", "b"], "answer": "c"}], DataError, "none of the 2 options"),
+        (["choice"], [{"question": "?", "choices": ["a", "a"], "answer": "a"}], DataError, "two options are the same"),
+        (["perplexity"], [{"messages": []}, {"messages": "x"}], DataError, "rows cannot be evaluated|no known format"),
+    ],
+)
+def test_misuse_is_refused_before_anything_is_generated(
+    base: Opened, tasks: list[Any], rows: list[dict[str, Any]], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        evaluate_policy(base, tasks, rows)
+
+
+def test_a_limit_is_a_seeded_part_and_options_may_be_letters(tmp_path: Path) -> None:
+    rows = dialogs([f"answer {k}" for k in range(50)])
+    path = tmp_path / "held.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    kept = [case.key for case in read_cases(path, limit=10, seed=1)]
+    assert kept == [case.key for case in read_cases(path, limit=10, seed=1)]
+    assert kept != [case.key for case in read_cases(path, limit=10, seed=2)]
+    assert kept == sorted(kept, key=lambda key: int(key.rpartition(":")[2]))
+    assert kept[-1] != "held.jsonl:10", "not simply the first rows"
+    [case] = read_cases([{"question": "?", "choices": ["x", "y"], "answer": "b"}])
+    assert (case.prompt().truth, case.options) == ("y", ("x", "y"))
+
+
+def test_prompts_of_a_file_and_raw_text(base: Opened, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "hi"}\n{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}\n', encoding="utf-8"
+    )
+    asks = read_prompts(path)
+    rows = generate(base.policy, base.tokenizer, base.template, asks, SampleSettings(max_new_tokens=3, n=2))
+    assert [row["prompt"] for row in rows] == ["hi", [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]]
+    assert all(len(row["completions"]) == 2 for row in rows)
+    [raw] = generate(base.policy, base.tokenizer, base.template, ["ab"], SampleSettings(max_new_tokens=3, temperature=0.0), raw=True)
+    assert raw_ids("ab", base.tokenizer) == base.tokenizer("ab")["input_ids"]
+    assert raw["completions"][0]["ids"]
+    (tmp_path / "bad.jsonl").write_text('{"promt": "hi"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="no prompt in the row"):
+        read_prompts(tmp_path / "bad.jsonl")
+    assert as_text(asks[1].messages) == "[system]\ns\n\n[user]\nu"

@@ -1,0 +1,173 @@
+"""The laws of supervised fine-tuning, for all weights and for LoRA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tunesmith.objective import methods
+from tunesmith.train.parallel import Ranks
+from tunesmith.train.run import train
+from tunesmith.train.step import Budget, gradient_step, validation_loss, zero_gradients
+
+KINDS = ["full", "lora"]
+
+
+def gradients(policy, rows, recipe, micro_tokens):
+    zero_gradients(policy)
+    result = gradient_step(policy, rows, methods(recipe.objective), Budget(micro_tokens), Ranks())
+    return result, {name: p.grad.clone() for name, p in policy.parameters_by_name().items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_micro_batches_are_one(parts, kind):
+    recipe, prepared, policy = parts(kind)
+    rows = [prepared.train[n] for n in range(12)]
+    one, whole = gradients(policy, rows, recipe, 100_000)
+    for size in (1, 150, 333):
+        other, split = gradients(policy, rows, recipe, size)
+        assert other.loss == pytest.approx(one.loss, abs=1e-6)
+        assert (other.tokens, other.trained_tokens) == (one.tokens, one.trained_tokens)
+        for name in whole:
+            torch.testing.assert_close(split[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_plain_transformers_loss(parts, kind):
+    """Sum of token losses over all trained tokens, computed by transformers row by row with labels, divided once."""
+    recipe, prepared, policy = parts(kind)
+    rows = [prepared.train[n] for n in range(12)]
+    result, _ = gradients(policy, rows, recipe, 400)
+    policy.train_mode(False)
+    total = count = 0.0
+    plain = policy.model
+    with policy.sampling():
+        for row in rows:
+            ids = torch.tensor(row.ids, dtype=torch.long)[None]
+            labels = torch.where(torch.tensor(row.train)[None] > 0, ids, -100)
+            trained = int((labels[:, 1:] != -100).sum())
+            total += float(plain(input_ids=ids, labels=labels).loss) * trained
+            count += trained
+    assert result.trained_tokens == count
+    assert result.loss == pytest.approx(total / count, abs=1e-5)
+    assert validation_loss(policy, rows, Budget(300), Ranks()) == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_and_gradient_norm_are_those_of_trl(tree, kind, tmp_path):
+    """One step of TRL's SFTTrainer on the same eight rows (its own template, mask, collator and head) against ours."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    settings = tree(kind, steps=1, batch={"examples": 8}, eval_every=0)
+    lines = Path(settings["data"]["train"]).read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if len(row["messages"]) == 2][:8]
+    chosen = tmp_path / "eight.jsonl"
+    chosen.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings["data"] = {"train": str(chosen)}
+    settings["optim"] = {"lr": 1e-3, "warmup": 0, "weight_decay": 0.0, "clip": 1.0}
+    ours = train(settings)["metrics"]
+    base = settings["model"]["base"]
+    strip = [[{k: m[k] for k in ("role", "content")} for m in row["messages"]] for row in rows]
+    config = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=8,
+        max_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        max_length=512,
+    )
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if kind == "lora" else None
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        args=config,
+        peft_config=lora,
+        train_dataset=Dataset.from_list([{"prompt": m[:-1], "completion": m[-1:]} for m in strip]),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.train()
+    theirs = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    if kind == "full":
+        # A fresh adapter's A is drawn at random, so only full gradients can be equal.
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_untrained_tokens_have_no_gradient_of_their_own(parts, kind):
+    """Changing an untrained token that nothing trained follows changes no gradient."""
+    recipe, prepared, policy = parts(kind)
+    row = next(prepared.train[n] for n in range(40) if prepared.train[n].train[-1] == 0)
+    _, before = gradients(policy, [row], recipe, 1000)
+    ids = row.ids.copy()
+    ids[-1] = (ids[-1] + 7) % policy.vocabulary
+    _, after = gradients(policy, [type(row)(ids, row.train, row.key)], recipe, 1000)
+    if kind == "full":
+        before = {n: g for n, g in before.items() if "embed" not in n}
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_are_one(tree, kind, tmp_path):
+    one = tree(kind, "one", steps=4, save_every=0)
+    two = tree(kind, "two", steps=4, save_every=0)
+    train(one)
+    recipe = tmp_path / "two.json"
+    recipe.write_text(json.dumps(two))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tunesmith",
+        "train",
+        str(recipe),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    left, right = (safetensors.torch.load_file(Path(r["run"]["out"]) / "checkpoints/step-000004/weights.safetensors") for r in (one, two))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=2e-5, rtol=1e-4)
+    metrics = [[json.loads(line) for line in (Path(r["run"]["out"]) / "metrics.jsonl").read_text().splitlines()] for r in (one, two)]
+    for a, b in zip(*metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["trained_tokens"] == b["trained_tokens"]
+        assert a.get("eval/loss") == pytest.approx(b.get("eval/loss"), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_final_folder_loads_without_us_and_says_what_the_receipt_says(tree, kind):
+    from peft import AutoPeftModelForCausalLM
+
+    result = train(tree(kind))
+    final = Path(result["final"])
+    receipt = json.loads((Path(result["run"]) / "receipt.json").read_text())
+    model = (AutoPeftModelForCausalLM if kind == "lora" else AutoModelForCausalLM).from_pretrained(final).eval()
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.chat_template
+    assert receipt["probes"]
+    assert receipt["max_abs_logprob_diff"] < 1e-4
+    assert receipt["max_abs_logprob_change_from_base"] > 1e-3
+    for probe in receipt["probes"]:
+        ids = torch.tensor([probe["prompt_ids"] + probe["ids"]])
+        with torch.no_grad():
+            logits = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+        for place, (token, logprob) in enumerate(zip(probe["ids"], probe["logprobs"], strict=True)):
+            assert float(logits[len(probe["prompt_ids"]) + place - 1, token]) == pytest.approx(logprob, abs=1e-5)

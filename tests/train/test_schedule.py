@@ -1,0 +1,72 @@
+"""Learning rate, optimizer groups, order of work."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import Parameter
+
+from tunesmith.core.recipe import Optim, Run
+from tunesmith.core.types import Tokens
+from tunesmith.data.dataset import Builder
+from tunesmith.train.optim import build_optimizer, lr_factor
+from tunesmith.train.source import Offline
+
+
+def factors(total, **settings):
+    return [lr_factor(Optim(**settings), step, total) for step in range(total)]
+
+
+def test_warmup_rises_to_the_peak_and_the_schedule_ends_at_its_end():
+    cosine = factors(12, warmup=2, schedule="cosine")
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert cosine[-1] == pytest.approx(0.0)
+    # Half-way between the first step after warm-up (2) and the last (11) is 6.5: cos(pi * 4/9), cos(pi * 5/9).
+    assert cosine[6] == pytest.approx(0.5 * (1 + math.cos(math.pi * 4 / 9)))
+    linear = factors(11, warmup=0, schedule="linear", final_lr=0.1)
+    assert linear[0] == 1.0
+    assert linear[5] == pytest.approx(0.55)
+    assert linear[-1] == pytest.approx(0.1)
+    assert factors(10, warmup=0.3, schedule="constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 8)
+
+
+def test_a_run_of_one_step_trains_at_the_peak():
+    assert factors(1, warmup=0) == [1.0]
+    assert factors(1, warmup=0.03) == [1.0]
+
+
+def test_decay_is_for_matrices_that_are_no_embeddings():
+    parameters = {
+        "model.embed_tokens.weight": Parameter(torch.ones(4, 2)),
+        "model.layers.0.q_proj.weight": Parameter(torch.ones(2, 2)),
+        "model.norm.weight": Parameter(torch.ones(2)),
+    }
+    groups = build_optimizer(Optim(weight_decay=0.1), 1e-3, parameters).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert [decay[id(p)] for p in parameters.values()] == [0.0, 0.1, 0.0]
+
+
+def rows(lengths):
+    builder = Builder()
+    for number, length in enumerate(lengths):
+        builder.add(Tokens(np.arange(length, dtype=np.int32), np.r_[0, np.ones(length - 1)].astype(np.float32), f"r:{number}"), 1.0)
+    return builder.build()
+
+
+@pytest.mark.parametrize("batch", [{"examples": 3}, {"tokens": 24}])
+def test_a_source_started_in_the_middle_gives_the_same_rest(batch):
+    source = Offline(rows(range(4, 15)), Run(epochs=2.5, batch=batch))
+    everything = [[row.key for row in step] for step in source.steps(0)]
+    assert len(everything) == source.total
+    for done in range(source.total):
+        assert [[row.key for row in step] for step in source.steps(done)] == everything[done:]
+    first = [key for step in everything[: source._size(0)] for key in step]
+    assert sorted(first) == sorted(f"r:{n}" for n in range(11))
+
+
+def test_epochs_and_steps_give_the_total():
+    assert Offline(rows([5] * 10), Run(epochs=1, batch={"examples": 4})).total == 3
+    assert Offline(rows([5] * 10), Run(epochs=0.5, batch={"examples": 4})).total == 2
+    assert Offline(rows([5] * 10), Run(steps=7, batch={"examples": 4})).total == 7
+    assert Offline(rows([5] * 10), Run(epochs=0.01, batch={"examples": 4})).total == 1
