@@ -28,7 +28,9 @@ from tunesmith.data.render import Rendered, render, stop_ids
 from tunesmith.data.stops import find_stops
 from tunesmith.data.template import ChatTemplate, as_rows, choose_template
 
-MARKS = re.compile(r"<\|[^|<>\s'\"]+\|>|<｜[^｜]+｜>|</?s>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<\|[a-z_]+>|<[a-z_]+\|>|\[[a-z]+\]")
+MARKS = re.compile(
+    r"<\|[^|<>\s'\"]+\|>|<｜[^｜]+｜>|</?s>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<\|[a-z_]+>|<[a-z_]+\|>|\[[a-z]+\]|<sep>|<seed:[a-z]+>|\[\|[a-z]+\|\]"
+)
 
 ANSWERS = {
     "plain": ("The first answer.", "The second one: 2 + 2 = 4."),
@@ -79,15 +81,17 @@ def judge(kind: str, turn: int, text: str, ends: list[str]) -> str:
         thought = THOUGHTS[turn]
         if thought in body and content in body[body.index(thought) + len(thought) :]:
             return "thinking and answer"
-        return "answer, thinking dropped" if body.strip() == content or body.endswith(content) else "WRONG"
+        return "answer, thinking dropped" if content in body and "uestion" not in body else "WRONG"
     if body == content:
         return "equal"
     if body.strip() == content.strip():
         return "stripped" if content.strip() != content and len(body) < len(content) else "equal, with white space of the template"
-    if body.rstrip().endswith(content.strip()):
-        before = body[: body.rindex(content.strip())].strip()
-        return f"equal, after inserted {before!r}"
-    return "WRONG"
+    before, found, after = body.partition(content.strip())
+    if not found or re.search(r"\w{12}", MARKS.sub("", before + after)) or "uestion" in before + after:
+        return "WRONG"
+    return "equal, " + " and ".join(
+        [f"after inserted {before.strip()!r}"] * bool(before.strip()) + [f"before {after.strip()!r}"] * bool(after.strip())
+    )
 
 
 def try_template(text: str, name: str, tokenizer: Any, spelling: str) -> Line:
@@ -132,10 +136,9 @@ def compare_mask(template: ChatTemplate, tokenizer: Any) -> str:
             ours = rendered[0]
             if len(rendered) > 1 or ours.tokens.ids.tolist()[: len(ids)] != ids:
                 said.append("own view for earlier turns" if len(rendered) > 1 else "stop token added")
-                mask = [m for m in mask]
                 if len(rendered) > 1:
                     continue
-            mask = mask + [0] * (len(ours.tokens) - len(mask))
+            mask = [*mask, *[0] * (len(ours.tokens) - len(mask))]
             more, less = set(), set()
             for k, (a, b) in enumerate(zip(ours.tokens.train, mask, strict=True)):
                 if bool(a) != bool(b):
@@ -162,10 +165,8 @@ def pick(text: str, tokenizers: dict[str, Any]) -> tuple[str, Any]:
         stops = find_stops(template, tokenizer)
         if stops.token and not stops.append and stops.token in text:
             return name, tokenizer
-    name, tokenizer = next(iter(tokenizers.items()))
-    if MARKS.search(text):
-        return f"{name} + marks", with_marks(tokenizer, text)
-    return name, tokenizer
+    name, tokenizer = list(tokenizers.items())[-1]
+    return f"{name} + marks", with_marks(tokenizer, text)
 
 
 def table(lines: list[Line]) -> str:

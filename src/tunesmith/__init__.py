@@ -11,23 +11,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from tunesmith.api import *  # noqa: F403
 
+__version__ = "0.1.0"
+
+# The names of tunesmith.api, written out: asking api for them would load torch for any attribute that is looked up here.
+__all__ = [
+    "FORMATS",
+    "GRADERS",
+    "OBJECTIVES",
+    "TEMPLATES",
+    "Completion",
+    "Dialog",
+    "Grade",
+    "Message",
+    "Opened",
+    "Prompt",
+    "Recipe",
+    "Score",
+    "Text",
+    "Tokens",
+    "choose_template",
+    "evaluate",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "render",
+    "run_demo",
+    "train",
+]
+
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
+    if name not in __all__:
+        raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
     from tunesmith import api
 
-    if name not in api.__all__:
-        raise AttributeError(f"module 'tunesmith' has no attribute '{name}'")
     return getattr(api, name)
 
 
 def __dir__() -> list[str]:
-    from tunesmith import api
-
-    return sorted([*api.__all__, "__version__"])
+    return [*__all__, "__version__"]

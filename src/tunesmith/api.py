@@ -8,7 +8,7 @@ from tunesmith.data.formats import FORMATS
 from tunesmith.data.render import render
 from tunesmith.data.template import NAMED as TEMPLATES
 from tunesmith.data.template import choose_template
-from tunesmith.demo import demo
+from tunesmith.demo import demo as run_demo
 from tunesmith.evals.opening import Opened
 from tunesmith.evals.opening import open_model as load
 from tunesmith.evals.run import evaluate
@@ -34,11 +34,11 @@ __all__ = [
     "Text",
     "Tokens",
     "choose_template",
-    "demo",
     "evaluate",
     "generate",
     "load",
     "load_tokenizer",
     "render",
+    "run_demo",
     "train",
 ]

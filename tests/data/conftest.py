@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-@pytest.fixture()
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
     """Write rows (or raw bytes) to a file of the test's folder and give its path."""
 

@@ -20,12 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tunesmith.core.errors import DataError, GradeError, ModelError, RecipeError
 from tunesmith.core.ports import SampleSettings
+from tunesmith.core.types import Tokens
 from tunesmith.data.render import render, render_prompt, stop_ids
 from tunesmith.evals.likelihood import row_sums
-from tunesmith.evals.measure import credit, final_words
+from tunesmith.evals.measure import credit, final_words, measure
 from tunesmith.evals.opening import Opened, open_model
 from tunesmith.evals.rows import as_text, read_cases
 from tunesmith.evals.run import evaluate, evaluate_policy, perplexity_score
+from tunesmith.evals.task import parse_tasks
 from tunesmith.infer.generate import generate, raw_ids, read_prompts, sampler_of
 from tunesmith.model.policy import Policy
 
@@ -59,6 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape["attention_dropout"] = 0.5  # must never be felt here
     config = LlamaConfig(vocab_size=264, max_position_embeddings=256, initializer_range=0.3, eos_token_id=None, bos_token_id=None, **shape)
     model = LlamaForCausalLM(config)
     model.save_pretrained(root / "base")
@@ -116,15 +119,13 @@ def test_perplexity_of_text_counts_every_token_once_even_over_the_context(base: 
     model, total, count = plain(folders["base"]), 0.0, 0
     for row in texts():
         ids = base.tokenizer(row["text"] + "<|endoftext|>")["input_ids"]
-        first = True
         while len(ids) > 1:
             part = ids[:256]
             logp = logits_of(model, part)
             total -= sum(float(logp[k, token]) for k, token in enumerate(part[1:]))
             count += len(part) - 1
             # The next piece begins with the last token of this one.
-            ids, first = ids[255:], False
-        assert not first
+            ids = ids[255:]
     assert report.scores[0].value == pytest.approx(math.exp(total / count), rel=1e-5)
     assert report.scores[0].n == 3, "pieces of one text are one row of the bootstrap"
 
@@ -176,34 +177,34 @@ def test_grades_follow_the_answers(base: Opened) -> None:
 
 
 def test_a_choice_is_made_by_the_options_own_log_probability(base: Opened, folders: dict[str, str]) -> None:
-    data = [{"question": f"which {k}?", "choices": ["a", "bb bb bb", "the third"], "answer": k} for k in range(3)]
-    report = evaluate_policy(base, ["choice"], data)
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefgh "), size)).strip() + "." for size in random.integers(2, 9, 90)]
+    data = [{"question": f"which {k}?", "choices": words[3 * k : 3 * k + 3], "answer": k % 3} for k in range(30)]
+    found = measure(base, parse_tasks(["choice"]), read_cases(data), max_new_tokens=1).values["choice"]
     model = plain(folders["base"])
-    right = {"accuracy": 0, "accuracy_per_byte": 0}
-    for row in data:
-        logps = [-answer_nll(model, base, row["question"], text, stop=False)[0] for text in row["choices"]]
-        right["accuracy"] += int(np.argmax(logps)) == row["answer"]
-        right["accuracy_per_byte"] += (
-            int(np.argmax([x / len(text) for x, text in zip(logps, row["choices"], strict=True)])) == row["answer"]
-        )
-    assert {result.score.metric: result.score.value * 3 for result in report.results} == pytest.approx(right)
+    for place, row in enumerate(data):
+        logps = np.array([-answer_nll(model, base, row["question"], text, stop=False)[0] for text in row["choices"]])
+        sizes = [len(text.encode()) for text in row["choices"]]
+        assert found["accuracy"][place] == (float(np.argmax(logps) == row["answer"]), 1.0)
+        assert found["accuracy_per_byte"][place] == (float(np.argmax(logps / sizes) == row["answer"]), 1.0)
     assert credit(np.array([1.0, 2.0, 2.0]), 1) == 0.5, "a tie is no matter of order"
 
 
 def test_sampled_log_probs_are_the_scored_ones(tuned: Opened) -> None:
     """Through the adapter, the packed attention and its switching off for generation."""
-    case = read_cases(dialogs())[2]
-    ids = render_prompt(case.prompt().messages, (), tuned.template, tuned.tokenizer)
+    prompts = [render_prompt(case.prompt().messages, (), tuned.template, tuned.tokenizer) for case in read_cases(dialogs())]
     stops = stop_ids(tuned.template, tuned.tokenizer)
     before = tuned.policy.causal.config._attn_implementation
     for temperature in (0.0, 1.3):
-        [[one]] = sampler_of(tuned.policy, tuned.tokenizer, stops).sample([ids], SampleSettings(max_new_tokens=12, temperature=temperature))
-        row = render(case.example, tuned.template, tuned.tokenizer)[0].tokens
-        whole = np.array([*ids, *one.ids], np.int32)
-        train = np.r_[np.zeros(len(ids)), np.ones(len(one.ids))].astype(np.float32)
-        sums, counts = row_sums(tuned.policy, [replace(row, ids=whole, train=train), row])
-        assert -sum(one.logprobs) == pytest.approx(float(sums[0]), abs=1e-4)
-        assert counts[0] == len(one.ids)
+        settings = SampleSettings(max_new_tokens=12, temperature=temperature)
+        answers = [row[0] for row in sampler_of(tuned.policy, tuned.tokenizer, stops).sample(prompts, settings)]
+        rows = [
+            Tokens(np.array([*ids, *one.ids], np.int32), np.r_[np.zeros(len(ids)), np.ones(len(one.ids))].astype(np.float32), "row")
+            for ids, one in zip(prompts, answers, strict=True)
+        ]
+        sums, counts = row_sums(tuned.policy, rows)
+        assert [-sum(one.logprobs) for one in answers] == pytest.approx(sums.tolist(), abs=1e-4)
+        assert counts.tolist() == [len(one.ids) for one in answers]
     assert tuned.policy.causal.config._attn_implementation == before
 
 
@@ -215,6 +216,7 @@ def test_row_sums_weigh_tokens_and_leave_modes_alone(base: Opened) -> None:
     assert base.policy.model.training
     base.policy.model.eval()
     assert sums[1] == pytest.approx(sums[0] / 2)
+    assert sums[0] == pytest.approx(row_sums(base.policy, [row])[0][0])
     assert weights.tolist() == [row.train.sum(), row.train.sum() / 2]
     score = perplexity_score(base.policy, [row, half, row], base_value=9.0)
     assert score.value == pytest.approx(math.exp(sums[0] / weights[0]))

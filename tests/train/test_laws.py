@@ -11,9 +11,13 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tunesmith.core.load import build
+from tunesmith.data.prepare import prepare
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
 from tunesmith.train.parallel import Ranks
 from tunesmith.train.run import train
+from tunesmith.train.source import Offline
 from tunesmith.train.step import Budget, gradient_step, validation_loss, zero_gradients
 
 KINDS = ["full", "lora"]
@@ -52,7 +56,7 @@ def test_the_loss_is_the_plain_transformers_loss(parts, kind):
             ids = torch.tensor(row.ids, dtype=torch.long)[None]
             labels = torch.where(torch.tensor(row.train)[None] > 0, ids, -100)
             trained = int((labels[:, 1:] != -100).sum())
-            total += float(plain(input_ids=ids, labels=labels).loss) * trained
+            total += float(plain(input_ids=ids, labels=labels).loss.detach()) * trained
             count += trained
     assert result.trained_tokens == count
     assert result.loss == pytest.approx(total / count, abs=1e-5)
@@ -61,21 +65,19 @@ def test_the_loss_is_the_plain_transformers_loss(parts, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_and_gradient_norm_are_those_of_trl(tree, kind, tmp_path):
-    """One step of TRL's SFTTrainer on the same eight rows (its own template, mask, collator and head) against ours."""
+    """One step of TRL's SFTTrainer (its collator, head and division) on the rows and labels of our first step."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     settings = tree(kind, steps=1, batch={"examples": 8}, eval_every=0)
-    lines = Path(settings["data"]["train"]).read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if len(row["messages"]) == 2][:8]
-    chosen = tmp_path / "eight.jsonl"
-    chosen.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings["data"] = {"train": str(chosen)}
     settings["optim"] = {"lr": 1e-3, "warmup": 0, "weight_decay": 0.0, "clip": 1.0}
     ours = train(settings)["metrics"]
     base = settings["model"]["base"]
-    strip = [[{k: m[k] for k in ("role", "content")} for m in row["messages"]] for row in rows]
+    recipe = build(settings).recipe
+    prepared = prepare(recipe, load_tokenizer(base))
+    [rows] = Offline(prepared.train, recipe.run).steps(0)
+    labels = [[int(i) if t else -100 for i, t in zip(row.ids, row.train, strict=True)] for row in rows]
     config = SFTConfig(
         output_dir=str(tmp_path / "trl"),
         per_device_train_batch_size=8,
@@ -95,7 +97,7 @@ def test_the_loss_and_gradient_norm_are_those_of_trl(tree, kind, tmp_path):
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=config,
         peft_config=lora,
-        train_dataset=Dataset.from_list([{"prompt": m[:-1], "completion": m[-1:]} for m in strip]),
+        train_dataset=Dataset.from_list([{"input_ids": r.ids.tolist(), "labels": line} for r, line in zip(rows, labels, strict=True)]),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
     trainer.train()

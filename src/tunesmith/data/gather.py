@@ -15,6 +15,7 @@ from tunesmith.data.dataset import Builder
 from tunesmith.data.detect import LOOK, check_columns, detect, hold
 from tunesmith.data.formats import COLUMNS, FORMATS
 from tunesmith.data.ledger import Fate, Ledger, Part
+from tunesmith.data.notes import explain
 from tunesmith.data.overlong import cut_prompt, split_dialog, split_text, surely_over
 from tunesmith.data.problem import Problem
 from tunesmith.data.render import Rendered, render
@@ -185,7 +186,7 @@ class _Gatherer:
         if trained != (kept := sum(int((tokens.train != 0).sum()) for tokens in row.tokens)):
             raise BugError(f"{trained} trained tokens were rendered, {kept} are left after the length policy", where=key)
         for note in dict.fromkeys(note for rendered in row.rendered for note in rendered.notes):
-            part.note("note", Problem(key, note.split(":")[0], note))
+            part.note("note", Problem(key, note.split(":")[0], explain(note)))
         if row.fate:
             over = f"more than max_length = {self._recipe.tokens.max_length} tokens"
             part.note(row.fate, Problem(key, "over_length", over, "raise tokens.max_length to keep such rows whole"))

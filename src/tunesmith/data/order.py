@@ -37,7 +37,7 @@ def epoch_steps(lengths: npt.NDArray[np.integer], repeats: npt.NDArray[np.floati
             remedy=f"set run.batch.tokens to at least {longest}, or tokens.max_length to at most {capacity}",
             code="row_over_batch",
         )
-    steps = []
+    steps: list[Rows] = []
     for start in range(0, len(rows), WINDOW):
         window = rows[start : start + WINDOW]
         steps += [window[places] for places in fit(lengths[window], capacity)]
@@ -55,4 +55,5 @@ def copies(repeats: npt.NDArray[np.floating], seed: int, epoch: int) -> npt.NDAr
     part = weights - whole
     offset = stream(seed, "repeat").integers(0, _GRAIN, len(weights)) / _GRAIN
     extra = np.floor(part * (epoch + 1) + offset) - np.floor(part * epoch + offset)
-    return (whole + np.clip(extra, 0, 1)).astype(np.int64)
+    counts: Rows = (whole + np.clip(extra, 0, 1)).astype(np.int64)
+    return counts

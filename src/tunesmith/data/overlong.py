@@ -36,7 +36,8 @@ def split_text(tokens: Tokens, limit: int, bos: int | None) -> list[Tokens]:
     if total <= limit:
         return [tokens]
     head = 1 if bos is not None and tokens.ids[0] == bos else 0
-    pieces, start = [], 0
+    pieces: list[Tokens] = []
+    start = 0
     while start < total:
         lead = np.arange(0) if start == 0 else np.r_[0:head, start - 1 : start]
         stop = min(total, start + limit - len(lead))

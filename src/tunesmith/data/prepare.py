@@ -13,6 +13,7 @@ from tunesmith.data import cache
 from tunesmith.data.dataset import TokenSet
 from tunesmith.data.gather import Gathered, gather
 from tunesmith.data.ledger import Ledger
+from tunesmith.data.notes import explain
 from tunesmith.data.problem import Problem
 from tunesmith.data.template import ChatTemplate, choose_template
 from tunesmith.data.tokenizer import Tokenizer
@@ -128,7 +129,7 @@ def _nothing_left(gathered: Gathered, recipe: Recipe) -> TunesmithError | None:
 
 def _warn(ledger: Ledger, template: ChatTemplate) -> None:
     for note in template.notes:
-        logger.warning("template %s: %s", template.source, note)
+        logger.warning("template %s: %s", template.source, explain(note))
     for part, reason in ledger.reasons("refused", "dropped", "cut", "split", "note"):
         logger.warning("%s: %d rows %s: %s (%s)", part.source, reason.count, _FATES[reason.fate], reason.message, reason.code)
     for part in ledger.parts:

@@ -38,7 +38,7 @@ class _ZstdFile(io.RawIOBase):
         self._file = path.open("rb")
         self._new = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -51,7 +51,7 @@ class _ZstdFile(io.RawIOBase):
         while not self._ready and (packed := self._file.read(1 << 18)):
             if self._frame is None:
                 self._frame = self._new()
-            self._ready = self._frame.decompress(packed)
+            self._ready = memoryview(self._frame.decompress(packed))
             if self._frame.eof:
                 # The next frame begins in what was read too much.
                 self._file.seek(-len(self._frame.unused_data), io.SEEK_CUR)

@@ -88,7 +88,8 @@ def _tokens_of(chat: Chat, view: View) -> list[Rendered]:
     straddled: list[Span] = []
     for span in view.spans:
         begin = prefix_length(chat.tokenizer, view.text, whole, span.start)
-        if begin is None:
+        # A stop token is never part of another; an end mark in ordinary text may be.
+        if begin is None or not (span.stop or span.end in whole.ends):
             straddled.append(span)
         else:
             fitting.append((span, begin))

@@ -9,6 +9,7 @@ from tunesmith.core.errors import DataError, TemplateError
 from tunesmith.core.recipe import Source
 from tunesmith.data.detect import LOOK, check_columns, detect, hold
 from tunesmith.data.formats import FORMATS
+from tunesmith.data.notes import explain
 from tunesmith.data.problem import Problem
 from tunesmith.data.render import Rendered, render
 from tunesmith.data.sources import read
@@ -103,7 +104,7 @@ def painted(document: dict[str, Any], special: frozenset[int] = frozenset()) -> 
             parts.append(body)
         if row["dropped"] is not None:
             parts.append(Paint(f"not trained on: {row['dropped']}", style="bold red"))
-        parts += [Paint(f"note: {note}", style="yellow") for note in row["notes"]]
+        parts += [Paint(f"note: {explain(note)}", style="yellow") for note in row["notes"]]
     legend = Paint("\ntrained", style="bold black on green")
     legend.append("  ", style="not bold default on default").append("context", style="dim not bold default on default")
     legend.append("  ", style="not bold default on default").append("control token", style="underline not bold default on default")

@@ -58,16 +58,21 @@ def _find(template: ChatTemplate, tokenizer: Tokenizer) -> Stops:
         if rows[-1]["content"] in text:
             last = text.rpartition(rows[-1]["content"])[2]
             middle = text.partition(_ANSWERS[0])[2].partition(_QUESTIONS[1])[0] if len(rows) == 4 else last
-            return _decide(last, middle, vocabulary(tokenizer))
+            asked = text.partition(_QUESTIONS[0])[2].partition(_ANSWERS[0])[0]
+            return _decide(last, middle, asked, vocabulary(tokenizer))
     return Stops()
 
 
-def _decide(last: str, middle: str, known: Vocabulary) -> Stops:
+def _decide(last: str, middle: str, asked: str, known: Vocabulary) -> Stops:
     for pattern in (known.any_special, known.any_added):
         after_last, after_middle = _controls(pattern, last, known), _controls(pattern, middle, known)
         shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(after_last, after_middle, strict=False))]
         if shared:
-            return Stops(token=shared[-1])
+            # Some templates write more marks than one (Cohere: end of the response, end of the turn), and some open the next turn
+            # even after the last answer; the mark that also ends a user turn is the one that ends turns.
+            user_end = _controls(pattern, asked, known)[:1]
+            likely = [word for word in shared if word == known.eos] or [word for word in shared if word in user_end]
+            return Stops(token=likely[0] if likely else shared[-1] if shared == after_last else shared[0])
         if after_last:
             return Stops(token=after_last[0])
         if after_middle and middle.startswith(last):

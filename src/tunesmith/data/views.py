@@ -18,7 +18,7 @@ from tunesmith.core.types import Dialog, Message, ToolCall
 from tunesmith.data.spans import Found, Words, find_words
 from tunesmith.data.stops import call_follow, end_in, find_stops
 from tunesmith.data.template import ChatTemplate, apply_rows, as_rows
-from tunesmith.data.tokenizer import Tokenizer, vocabulary
+from tunesmith.data.tokenizer import Tokenizer, encode, vocabulary
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Chat:
     def text(self, count: int) -> str:
         """The rendering of the first `count` messages."""
         if count not in self._texts:
-            self._texts[count] = self._apply(self.rows[:count])
+            self._texts[count] = self.apply(self.rows[:count])
         return self._texts[count]
 
     def prompt(self, turn: int) -> str:
@@ -73,15 +73,16 @@ class Chat:
                 remedy="put a user turn first, or give that turn weight 0",
                 code="assistant_first",
             )
-        return self._apply(self.rows[:turn], generation_prompt=True)
+        return self.apply(self.rows[:turn], generation_prompt=True)
 
     def words(self, count: int) -> Found:
         """Where the assistants' words stand in text(count)."""
         if count not in self._words:
-            self._words[count] = find_words(self.rows[:count], self.text(count), self._apply, self.key)
+            self._words[count] = find_words(self.rows[:count], self.text(count), self.apply, self.key)
         return self._words[count]
 
-    def _apply(self, rows: list[dict[str, Any]], *, generation_prompt: bool = False) -> str:
+    def apply(self, rows: list[dict[str, Any]], *, generation_prompt: bool = False) -> str:
+        """The template's text for `rows`, with the row named in its errors."""
         try:
             return apply_rows(self.template, self.tokenizer, rows, self.tools, generation_prompt=generation_prompt)
         except TemplateError as error:
@@ -154,12 +155,18 @@ def find_span(chat: Chat, turn: int, words: Words | None) -> Span:
     """The trained span of `turn` in its own view. `words` is None for a turn that only calls tools."""
     view, prompt = chat.text(turn + 1), chat.prompt(turn)
     notes = []
+    moved = 0
     if view.startswith(prompt) and (words is None or len(prompt) <= words.end):
         start = len(prompt)
+    elif (cut := _behind_other_history(chat, turn, view, prompt, words)) is not None:
+        # What the model sees is the prompt; what it must write is what the view has behind the same header.
+        moved = len(prompt) - cut
+        view, start = prompt + view[cut:], len(prompt)
+        notes.append("history_rewritten")
     else:
         start = _header_end(chat, turn, view, prompt, words)
         notes.append("prompt_tail_differs")
-    text, end, stop, more = _end(chat, turn, view, start if words is None else words.end)
+    text, end, stop, more = _end(chat, turn, view, start if words is None else words.end + moved)
     notes += more
     message, trained = chat.messages[turn], text[start : end - len(stop)]
     _check_calls(chat, message, trained)
@@ -172,7 +179,7 @@ def find_span(chat: Chat, turn: int, words: Words | None) -> Span:
         )
     if words is not None and words.changed:
         notes.append("answer_rewritten")
-    if words is not None and start < words.start and len(prompt) <= len(chat.text(turn)) and text[start : words.start].strip():
+    if not notes and words is not None and prompt == chat.text(turn) and text[start : words.start].strip():
         # The template knows no generation prompt: the model has to write the header of its turn by itself.
         notes.append("header_trained")
     if (turn in chat.words(turn + 1).dropped) or (message.thinking and message.thinking.strip() not in trained):
@@ -185,6 +192,7 @@ def _header_end(chat: Chat, turn: int, view: str, prompt: str, words: Words | No
     common = _common(view, prompt)
     before = chat.messages[turn - 1].content.strip()
     at = prompt.rfind(before) if before else -1
+    common = _common_tokens(chat, prompt, common)
     limit = len(view) if words is None else words.start
     if at < 0 or common < at + len(before) or at + len(before) > limit:
         begin = max(common - 60, 0)
@@ -196,6 +204,37 @@ def _header_end(chat: Chat, turn: int, view: str, prompt: str, words: Words | No
             code="prompt_mismatch",
         )
     return min(common, limit)
+
+
+def _behind_other_history(chat: Chat, turn: int, view: str, prompt: str, words: Words | None) -> int | None:
+    """Where in `view` the generation prompt's own end stands, when nothing but earlier thinking makes the two differ; else None.
+
+    LFM2.5 shows the thinking of the last finished turn in a prompt, and no longer once the next answer is there.
+    """
+    history = [_without_thinking(row) for row in chat.rows[:turn]]
+    if words is None or history == chat.rows[:turn]:
+        return None
+    bare, header = chat.apply([*history, chat.rows[turn]]), chat.apply(history, generation_prompt=True)
+    before = chat.messages[turn - 1].content.strip()
+    if not before or not bare.startswith(header):
+        return None
+    end = prompt[prompt.rfind(before) :]
+    at = view.rfind(end, 0, words.start + len(end))
+    return at + len(end) if 0 <= at and at + len(end) <= words.end else None
+
+
+def _without_thinking(row: dict[str, Any]) -> dict[str, Any]:
+    if row["role"] != "assistant":
+        return row
+    bare = {key: value for key, value in row.items() if key not in ("reasoning_content", "thinking")}
+    bare["content"] = row["content"].rpartition("</think>")[2].lstrip()
+    return bare if bare["content"] != row["content"] or len(bare) < len(row) else row
+
+
+def _common_tokens(chat: Chat, prompt: str, common: int) -> int:
+    """`common` moved back to a token border of the prompt, so that no mark is cut in two (<think> and </think> share a <)."""
+    ends = encode(chat.tokenizer, prompt).ends
+    return max((end for end in ends if end <= common), default=0)
 
 
 def _common(a: str, b: str) -> int:
@@ -223,7 +262,9 @@ def _end(chat: Chat, turn: int, view: str, words_end: int) -> tuple[str, int, st
     elif stops.append:
         return view + stops.append, len(view) + len(stops.append), stops.token, ["stop_appended"]
     if stops.mark and stops.mark in tail:
-        return view, words_end + tail.index(stops.mark) + len(stops.mark), "", ["stop_is_text"]
+        # Cut behind it: a token that begins with the end of the mark could not be generated before the stop.
+        end = words_end + tail.index(stops.mark) + len(stops.mark)
+        return view[:end], end, "", ["stop_is_text"]
     if known.eos is None:
         raise TemplateError(
             "the template ends the turn with no token, and the tokenizer has no EOS token",

@@ -136,7 +136,7 @@ def _change(result: Result) -> str:
         return "–"
     sure = result.change if result.change != "unclear" else ""
     said = f"{gap_span(result.difference, share=result.share)}; {p_text(result.difference.p_value)}"
-    return f'<span class="value {sure}">{gap(result.difference, share=result.share)}</span><span class="range">{said}</span>'
+    return f'<span class="value {sure}">{gap(result.difference, share=result.share)}</span><span class="range">{escape(said)}</span>'
 
 
 def _bars(result: Result) -> str:
@@ -267,7 +267,7 @@ def _some(reason: Mapping[str, Any]) -> str:
 
 
 def _making(recipe_yaml: str, receipt: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    hashes = {name: value for name, value in receipt.items() if name != "probes"}
+    hashes = {name: value for name, value in receipt.items() if name not in ("probes", "environment")}
     return (
         page.folded("Recipe, resolved", page.block(recipe_yaml))
         + page.folded("Environment", page.facts(environment))

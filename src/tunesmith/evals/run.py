@@ -15,7 +15,7 @@ from tunesmith.core.types import Score, Tokens, content_hash
 from tunesmith.data import render
 from tunesmith.evals import stats
 from tunesmith.evals.likelihood import row_sums
-from tunesmith.evals.measure import Measured, left_out_notes, measure
+from tunesmith.evals.measure import Measured, check_truths, left_out_notes, measure
 from tunesmith.evals.opening import Opened, open_model
 from tunesmith.evals.result import Result, sample_row
 from tunesmith.evals.rows import Case, Data, as_text, cases_hash, read_cases
@@ -94,6 +94,7 @@ def evaluate(
     started = time.perf_counter()
     parsed = parse_tasks(tasks)
     cases = read_cases(data, limit=limit, seed=seed)
+    check_truths(parsed, cases)
     opened = open_model(model, template=template, device=device)
     name, way = _base_of(opened, base)
     logger.info("evaluating %s on %d rows: %s", model, len(cases), ", ".join(task.label for task in parsed))

@@ -31,13 +31,14 @@ def print_scores(report: Report) -> None:
 def score_table(results: Sequence[Result], *, model: str = "model", base: str | None = None) -> Table:
     """The table as a rich renderable."""
     from rich.table import Table
+    from rich.text import Text
 
     paired = any(result.score.base_value is not None for result in results)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("task", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
     for name in [base or "base", model] if paired else [model]:
-        table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
+        table.add_column(Text(name), justify="right", overflow="ellipsis", no_wrap=True)
         table.add_column("95 %", style="dim", no_wrap=True)
     if paired:
         table.add_column("difference", justify="right", no_wrap=True)

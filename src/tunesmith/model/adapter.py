@@ -27,7 +27,6 @@ def attach(model: Any, settings: recipe.Adapter, *, seed: int, base: str) -> Any
         target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
         fan_in_fan_out=_transposed(model, settings),
     )
     with seeded(seed, "adapter"):

@@ -89,7 +89,7 @@ class Policy:
 
     def _score(self, one: Pass, batch: Batch) -> Tensor:
         targets = torch.from_numpy(batch.ids[one.index].astype(np.int64)).to(self.device)
-        states = self._run(one)
+        states = self.run(one)
         rows = states.reshape(-1, states.shape[-1]).index_select(0, one.rows)
         if self.head == "plain":
             return plain_logprobs(rows, targets)
@@ -98,19 +98,24 @@ class Policy:
         dtype = self.dtype if self._autocast else rows.dtype
         return token_logprobs(rows, output.weight, output.bias, targets, hint, self.head_form, dtype)
 
-    def _run(self, one: Pass) -> Tensor:
+    def run(self, one: Pass) -> Tensor:
         """Hidden states [B, L, E] for the fast head, logits [B, L, V] for the plain one."""
         self._lengths = one.lengths
         masks = attention.packed_masks() if one.layout is not None else contextlib.nullcontext()
         try:
             with masks, torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
                 if self.head == "fast":
-                    out: Tensor = self.causal.get_decoder()(input_ids=one.ids, use_cache=False, **one.arguments).last_hidden_state
+                    out: Tensor = self._decoder()(input_ids=one.ids, use_cache=False, **one.arguments).last_hidden_state
                 else:
                     out = self.causal(input_ids=one.ids, use_cache=False, **one.arguments).logits
         finally:
             self._lengths = None
         return out
+
+    def _decoder(self) -> Any:
+        """The part below the head; some classes answer `get_decoder` with themselves."""
+        found = self.causal.get_decoder()
+        return self.causal.model if found is self.causal else found
 
     def _check(self, batch: Batch) -> None:
         if len(batch.ids) and (int(batch.ids.min()) < 0 or int(batch.ids.max()) >= self.vocabulary):
@@ -202,10 +207,17 @@ class Policy:
         before = config.dtype
         config.dtype = self.dtype
         try:
-            state = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in self.causal.state_dict().items()}
-            self.causal.save_pretrained(folder, state_dict=None if self.dtype == torch.float32 else state)
+            self.causal.save_pretrained(folder, state_dict=None if self.dtype == torch.float32 else self._rounded())
         finally:
             config.dtype = before
+
+    def _rounded(self) -> dict[str, Tensor]:
+        """The state in `dtype`; tied weights stay one tensor, or both copies would be written."""
+        once: dict[int, Tensor] = {}
+        return {
+            name: once.setdefault(value.data_ptr(), value.to(self.dtype)) if value.is_floating_point() else value
+            for name, value in self.causal.state_dict().items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the trained weights in their full precision, on the CPU."""
@@ -255,6 +267,8 @@ def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bo
     model.eval()
     policy = Policy(model, choose_dtype(settings.dtype, spot))
     settle(policy, settings.fast)
+    if settings.adapter is not None and (stacked := [name for name, p in policy.causal.named_parameters() if p.dim() > 2]):
+        policy.note(f"{len(stacked)} tensors that are no linear layers (experts, convolutions) get no adapter, e.g. {stacked[0]}")
     return policy
 
 

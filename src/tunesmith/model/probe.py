@@ -7,8 +7,7 @@ its own past must be zero, whatever the weights.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,7 +69,7 @@ def _alone(batch: Batch, segment: Segment) -> Batch:
 def tolerance(policy: Policy, truth: Tensor) -> float:
     """The largest difference that rounding explains: 1e-4 in fp32, in bf16 what its 8 bits leave of logits this large."""
     size = float(truth.abs().max())
-    return 1e-4 * max(1.0, size / 10) if policy.dtype == torch.float32 else 0.02 * max(4.0, size)
+    return 1e-4 * max(1.0, size / 10) if policy.dtype != torch.bfloat16 else 0.02 * max(4.0, size)
 
 
 def _differs(policy: Policy, batch: Batch, truth: Tensor) -> float:
@@ -79,35 +78,41 @@ def _differs(policy: Policy, batch: Batch, truth: Tensor) -> float:
 
 
 def _check_causal(policy: Policy, batch: Batch) -> None:
-    longest = max(batch.segments, key=lambda s: s.stop - s.start)
-    leak = _leak(policy, _alone(batch, longest))
-    if leak:
+    if _proof(policy, _alone(batch, batch.segments[-1])) == "leaks":
         raise ModelError(
-            f"{type(policy.causal).__name__} looks ahead: a position depends on a later token", where="model.base",
-            remedy="use a causal language model", code="not_causal",
-        )  # fmt: skip
+            f"{type(policy.causal).__name__} looks ahead: a position depends on a later token",
+            where="model.base",
+            remedy="use a causal language model",
+            code="not_causal",
+        )
 
 
-def _leak(policy: Policy, batch: Batch) -> bool:
-    """Whether the output at the middle of the longest document depends on anything but that document up to there."""
+def _proof(policy: Policy, batch: Batch) -> Literal["separate", "leaks", "unknown"]:
+    """Whether one output depends on embeddings outside its own document up to itself: a gradient that must be exactly zero.
+
+    The output stands in the middle of the second document (of the first, if there is one only), with neighbours on both sides.
+    """
     one = passes(batch, policy.device, policy.layout)[0]
-    length = int(one.lengths.flatten()[0])
-    middle = length // 2
+    number = 1 if one.layout is not None and len(one.layout.lengths) > 1 else 0
+    start, stop = one.layout.spans[number] if one.layout is not None else (0, one.ids.shape[1])
+    middle = (start + stop) // 2
     caught: list[Tensor] = []
 
     def catch(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
         caught.append(output.detach().requires_grad_())
-        return caught[-1]
+        return caught[-1].clone()  # some models scale the embeddings in place
 
     handle = policy.causal.get_input_embeddings().register_forward_hook(catch)
     try:
         with torch.enable_grad():
-            state = policy._run(one)[0, middle].float()
-            direction = torch.randn_like(state)
-            (gradient,) = torch.autograd.grad((state * direction).sum(), caught[0])
+            state = policy.run(one)[0, middle].float()
+            (gradient,) = torch.autograd.grad((state * torch.randn_like(state)).sum(), caught[0], allow_unused=True)
     finally:
         handle.remove()
-    return bool(gradient[0, middle + 1 :].any()) or bool(gradient[1:].any())
+    if gradient is None or gradient.shape[:2] != one.ids.shape or not bool(gradient[0, middle].any()):
+        return "unknown"
+    gradient[0, start : middle + 1] = 0
+    return "leaks" if bool(gradient.any()) else "separate"
 
 
 def _settle_layout(policy: Policy, batch: Batch, truth: Tensor) -> None:
@@ -120,9 +125,10 @@ def _settle_layout(policy: Policy, batch: Batch, truth: Tensor) -> None:
             difference = _differs(policy, batch, truth)
             reason = f"packed and separate log-probabilities differ by {difference:.1e}"
             if difference <= tolerance(policy, truth):
-                if not _leak(policy, batch):
+                proof = _proof(policy, batch)
+                if proof == "separate":
                     return
-                reason = "state crosses from one packed document into the next"
+                reason = "state crosses from one packed document into another" if proof == "leaks" else "separation cannot be proven"
     except _FAILURES as error:
         reason = f"packed attention fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     policy.layout = "padded"
@@ -133,7 +139,7 @@ def _settle_layout(policy: Policy, batch: Batch, truth: Tensor) -> None:
 def head_forms(config: Any) -> list[HeadForm]:
     """What the configuration says the head may do after its matrix product; which of them is true is tried out."""
     values = config.get_text_config().to_dict()
-    cap = values.get("final_logit_softcapping")
+    cap = values.get("final_logit_softcapping") or values.get("logits_soft_cap")
     scales = [values.get("logit_scale"), values.get("lm_head_multiplier"), values.get("logits_scaling")]
     known = [float(s) for s in scales if isinstance(s, int | float) and s]
     if values.get("logits_scaling"):
@@ -143,18 +149,21 @@ def head_forms(config: Any) -> list[HeadForm]:
 
 def _settle_head(policy: Policy, batch: Batch, truth: Tensor) -> None:
     output = policy.causal.get_output_embeddings()
-    difference = float("nan")
+    reason = f"its output layer is a {type(output).__name__}"
     if type(output) is torch.nn.Linear:
-        plain = truth if policy.dtype == torch.float32 else policy.score(batch).logp.detach()
+        plain = truth if policy.dtype != torch.bfloat16 else policy.score(batch).logp.detach()
         policy.head = "fast"
         for form in head_forms(policy.causal.config):
             policy.head_form = form
-            with contextlib.suppress(*_FAILURES):
+            try:
                 difference = _differs(policy, batch, plain)
                 if difference <= tolerance(policy, truth):
                     return
+                reason = f"the fast one differs by {difference:.1e}"
+            except _FAILURES as error:
+                reason = f"the fast one fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     policy.head, policy.head_form = "plain", HeadForm()
-    policy.note(f"plain head: the fast one differs by {difference:.1e}")
+    policy.note(f"plain head: {reason}")
 
 
 def _settle_lora(policy: Policy, batch: Batch) -> None:

@@ -93,10 +93,10 @@ def _accumulate(policy: Policy, batches: Sequence[Batch], methods: Sequence[Meth
     sums: dict[str, tuple[float, float]] = {}
     for batch in batches:
         if not batch.train.any():
-            losses.append(torch.zeros(()))
+            losses.append(torch.zeros((), dtype=torch.float64))
             continue
         outputs = policy.score(batch)
-        total = torch.zeros((), device=outputs.logp.device)
+        total = torch.zeros((), dtype=torch.float64, device=outputs.logp.device)
         for method in methods:
             loss = method.function(outputs, batch)
             total = total + loss.sum * (method.weight / max(counts[loss.count], 1.0))
@@ -106,7 +106,7 @@ def _accumulate(policy: Policy, batches: Sequence[Batch], methods: Sequence[Meth
         total.backward()  # type: ignore[no-untyped-call]
         losses.append(total.detach())
     _demand_finite(batches, losses)
-    loss_sum = float(torch.stack([loss.double().cpu() for loss in losses]).sum()) if losses else 0.0
+    loss_sum = float(torch.stack([loss.cpu() for loss in losses]).sum()) if losses else 0.0
     names = sorted(sums)
     flat = ranks.sum(
         [loss_sum, sum(len(b) for b in batches), sum(int((b.train != 0).sum()) for b in batches), *(v for n in names for v in sums[n])]

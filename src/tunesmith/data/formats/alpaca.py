@@ -26,13 +26,9 @@ def to_example(row: Row, key: str) -> Dialog:
     output = turns.required(row, "output", key)
     if output is None:
         turns.fail(key, "output", "empty_answer", "the answer is null")
-    messages: list[Message] = []
-    if row.get("system"):
-        messages.append(Message("system", turns.string(row["system"], key, "system")))
-    messages += _history(row, key)
     whole = "\n".join(part for part in (question, extra) if part.strip())
-    messages += [Message("user", whole), Message("assistant", turns.string(output, key, "output"))]
-    return turns.dialog(messages, key)
+    turn = [Message("user", whole), Message("assistant", turns.string(output, key, "output"))]
+    return turns.dialog(turns.led_by_system(row, [*_history(row, key), *turn], key), key)
 
 
 def _history(row: Row, key: str) -> list[Message]:

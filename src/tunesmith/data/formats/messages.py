@@ -1,4 +1,4 @@
-"""OpenAI chat rows: {"messages": [{"role", "content", ...}], "tools": [...]}.
+"""OpenAI chat rows: {"messages": [{"role", "content", ...}], "tools": [...], "system": "..."}.
 
 Also read: the list under `conversations` or `conversation`; content as a list of text parts (joined without a separator) with
 reasoning and tool_call parts among them; `weight` (or `loss_weight`, `train`) on assistant turns; tool calls with arguments as an
@@ -15,7 +15,8 @@ from tunesmith.core.types import ROLES, Dialog, Message, Role, Row, ToolCall
 from tunesmith.data.formats import turns
 
 LISTS = ("messages", "conversations", "conversation")
-COLUMNS = (*LISTS, "tools", "functions")
+ASIDE = ("system", "tools", "functions")
+COLUMNS = (*LISTS, *ASIDE)
 THINKING = ("reasoning_content", "reasoning", "thinking")
 TURN = (
     *("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight", "loss_weight", "train", "refusal", "audio"),
@@ -31,10 +32,11 @@ def looks_like(row: Row) -> bool:
 def to_example(row: Row, key: str) -> Dialog:
     """The dialog of a row. Raises DataError naming the turn and the field at fault."""
     turns.refuse_media(row, key)
+    turns.no_near_miss(row, ASIDE, key, "")
     name = next((name for name in LISTS if name in row), "messages")
     found = turns.from_json(turns.required(row, name, key), key, name)
     tools = turns.tools_of(row.get("tools") or row.get("functions"), key)
-    return turns.dialog(read_turns(found, key, name), key, tools)
+    return turns.dialog(turns.led_by_system(row, read_turns(found, key, name), key), key, tools)
 
 
 def read_turns(value: Any, key: str, field: str) -> list[Message]:

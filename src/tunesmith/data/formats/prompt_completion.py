@@ -27,11 +27,8 @@ def to_example(row: Row, key: str) -> Dialog:
     turns.no_near_miss(row, COLUMNS, key, "")
     prompt = _side(turns.required(row, "prompt", key), "user", key, "prompt")
     completion = _side(turns.required(row, "completion", key), "assistant", key, "completion")
-    messages: list[Message] = []
-    if row.get("system"):
-        messages.append(Message("system", turns.string(row["system"], key, "system")))
-    messages += [replace(message, weight=0.0) if message.role == "assistant" else message for message in prompt]
-    return turns.dialog([*messages, *completion], key, turns.tools_of(row.get("tools"), key))
+    context = [replace(message, weight=0.0) if message.role == "assistant" else message for message in prompt]
+    return turns.dialog(turns.led_by_system(row, [*context, *completion], key), key, turns.tools_of(row.get("tools"), key))
 
 
 def _side(value: Any, role: Role, key: str, field: str) -> list[Message]:

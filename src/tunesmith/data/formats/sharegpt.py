@@ -14,7 +14,8 @@ from tunesmith.core.types import Dialog, Message, Role, Row
 from tunesmith.data.formats import turns
 
 LISTS = ("conversations", "conversation", "messages")
-COLUMNS = (*LISTS, "system", "tools")
+ASIDE = ("system", "tools")
+COLUMNS = (*LISTS, *ASIDE)
 TURN = ("from", "value", "weight", "loss_weight", "train", "name")
 SPEAKERS: dict[str, Role] = {
     "human": "user",
@@ -42,16 +43,15 @@ def looks_like(row: Row) -> bool:
 def to_example(row: Row, key: str) -> Dialog:
     """The dialog of a row. Raises DataError naming the turn and the field at fault."""
     turns.refuse_media(row, key)
+    turns.no_near_miss(row, ASIDE, key, "")
     name = next((name for name in LISTS if name in row), "conversations")
     found = turns.from_json(turns.required(row, name, key), key, name)
     if not isinstance(found, list):
         turns.fail(key, name, "not_a_list", f"expected a list of turns, got {str(found)[:80]!r}")
     messages: list[Message] = []
-    if row.get("system"):
-        messages.append(Message("system", turns.string(row["system"], key, "system")))
     for place, turn in enumerate(found):
         _add(messages, turn, key, f"{name}[{place}]")
-    return turns.dialog(messages, key, turns.tools_of(row.get("tools"), key))
+    return turns.dialog(turns.led_by_system(row, messages, key), key, turns.tools_of(row.get("tools"), key))
 
 
 def _add(messages: list[Message], turn: Any, key: str, field: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tunesmith.core.errors import DataError, did_you_mean
@@ -129,12 +130,25 @@ def weight_of(turn: Row, role: str, key: str, field: str) -> float:
     return float(value) if role == "assistant" else 1.0
 
 
-def no_near_miss(turn: Row, known: Iterable[str], key: str, field: str) -> None:
-    """Refuse a key that is nearly one of ours (`wieght`), because it would be ignored unseen."""
-    known = list(known)
-    for name in turn:
-        if name not in known and (near := did_you_mean(str(name), [k for k in known if len(k) > 3])):
-            fail(key, field, "wrong_key", f"unknown key '{name}'{near}")
+def no_near_miss(row: Row, known: Sequence[str], key: str, field: str) -> None:
+    """Refuse a key that is nearly one of ours that is not there (`wieght`), because it would be ignored unseen."""
+    absent = [name for name in known if name not in row and len(name) > 3]
+    for name in map(str, row):
+        for ours in difflib.get_close_matches(name, absent, n=1, cutoff=0.8):
+            if name not in known and name[:1] == ours[:1]:
+                fail(key, field, "wrong_key", f"unknown key '{name}'; did you mean '{ours}'?")
+
+
+def led_by_system(row: Row, messages: list[Message], key: str) -> list[Message]:
+    """The turns with the row's own `system` in front, when it has one. Raises DataError when the turns begin with another."""
+    if not row.get("system"):
+        return messages
+    system = string(row["system"], key, "system")
+    if messages and messages[0].role in ("system", "developer"):
+        if messages[0].content != system:
+            fail(key, "system", "two_systems", "the row has a system text, and its turns begin with another one", "keep one of them")
+        return messages
+    return [Message("system", system), *messages]
 
 
 def unsupported(key: str, field: str, what: str) -> NoReturn:
