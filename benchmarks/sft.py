@@ -62,7 +62,7 @@ def rows_of(path: Path | None, count: int) -> list[list[dict[str, str]]]:
 
 def ours(model: str, data: str, micro_tokens: int) -> dict[str, Any]:
     """One pass of our loop over the rows."""
-    from tunesmith.train.run import train
+    from tunesmith.training.run import train
 
     out = Path(tempfile.mkdtemp()) / "run"
     recipe = {

@@ -19,6 +19,7 @@ from random import Random
 
 from records import Records
 from sums import sums
+from wordlists import Wordlists
 from world import World, pick
 
 from tunesmith.core.files import write_jsonl
@@ -32,7 +33,7 @@ _PRONOUNS = (("girl", "she", "her", "her"), ("boy", "he", "his", "him"))
 # Shares of documents, not of tokens: stories are long, sums are short.
 SHARES = {
     "story": 20, "report": 16, "description": 11, "list_doc": 6, "howto": 8, "email": 8, "talk": 7, "question_turns": 3,
-    "corpus.ticket": 22, "fact": 16, "record": 9, "sums": 8,
+    "corpus.ticket": 22, "fact": 16, "record": 10, "sums": 8, "wordlist": 7,
 }  # fmt: skip
 
 
@@ -43,7 +44,12 @@ class Writer:
         self.grammar = Grammar.read(tickets.RULES, *sorted((_HERE / "grammar").glob("*.txt")))
         self.world = World(self.grammar)
         self.kinds = [kind for kind, share in SHARES.items() for _ in range(share)]
-        self.others: dict[str, Callable[[Random], str]] = {"fact": self.world.fact, "record": Records(self.world).record, "sums": sums}
+        self.others: dict[str, Callable[[Random], str]] = {
+            "fact": self.world.fact,
+            "record": Records(self.world).record,
+            "sums": sums,
+            "wordlist": Wordlists(self.grammar).wordlist,
+        }
 
     def document(self, kind: str, random: Random) -> tuple[str, str]:
         """The text of one document and its combination."""

@@ -16,7 +16,7 @@ from tunesmith.grade import GRADERS
 from tunesmith.infer.generate import generate
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import OBJECTIVES
-from tunesmith.train.run import train
+from tunesmith.training.run import train
 
 __all__ = [
     "FORMATS",

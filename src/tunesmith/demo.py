@@ -28,7 +28,7 @@ def demo(out: str | Path = "demo", *, fresh: bool = False, seed: int = 0) -> dic
     """
     from tunesmith.evals.opening import open_model
     from tunesmith.evals.run import DISABLED, evaluate_policy
-    from tunesmith.train.run import train
+    from tunesmith.training.run import train
 
     started = time.perf_counter()
     out = Path(out)
@@ -77,7 +77,7 @@ def write_data(folder: Path, seed: int) -> dict[str, Any]:
 
 def _report(out: Path, tasks: Report, general: Report, result: dict[str, Any], seconds: float) -> Path:
     from tunesmith.evals.report import environment, write_report
-    from tunesmith.train.sinks import read_metrics
+    from tunesmith.training.sinks import read_metrics
 
     run = Path(result["run"])
     metrics = read_metrics(run / "metrics.jsonl")

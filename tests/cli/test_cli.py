@@ -46,7 +46,7 @@ def test_every_verb_shows_a_runnable_example(capsys, verb):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "did you mean 'train'"),
+        (["trian"], "Did you mean 'train'"),
         (["train", "--modle", "x"], "--model"),
         (["train"], "missing: --method, --model, --data, --out"),
         (["train", "--method", "stf", "--model", "pocket", "--data", "x", "--out", "y"], "did you mean 'sft'"),

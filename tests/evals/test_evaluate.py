@@ -18,17 +18,19 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tunesmith.core.card import Card, write_card
 from tunesmith.core.errors import DataError, GradeError, ModelError, RecipeError
 from tunesmith.core.ports import SampleSettings
-from tunesmith.core.types import Tokens
-from tunesmith.data.render import render, render_prompt, stop_ids
+from tunesmith.core.types import Score, Tokens
+from tunesmith.data.render import render, render_prompt
+from tunesmith.data.template import choose_template
 from tunesmith.evals.likelihood import row_sums
 from tunesmith.evals.measure import credit, final_words, measure
 from tunesmith.evals.opening import Opened, open_model
 from tunesmith.evals.rows import as_text, read_cases
 from tunesmith.evals.run import evaluate, evaluate_policy, perplexity_score
 from tunesmith.evals.task import parse_tasks
-from tunesmith.infer.generate import generate, raw_ids, read_prompts, sampler_of
+from tunesmith.infer.generate import chat_sampler, generate, lead_of, raw_ids, read_prompts
 from tunesmith.model.policy import Policy
 
 TEMPLATE = (
@@ -148,6 +150,40 @@ def test_the_base_beside_an_adapter_is_the_base(tuned: Opened, base: Opened, fol
     assert evaluate(folders["adapter"], tasks, dialogs(), base=folders["base"], max_new_tokens=6, device="cpu").results == report.results
 
 
+def test_a_whole_model_is_scored_beside_the_base_that_its_card_names(base: Opened, folders: dict[str, str], tmp_path: Path) -> None:
+    trained = plain(folders["base"])
+    with torch.no_grad():
+        trained.lm_head.weight.mul_(0.5)
+    trained.save_pretrained(tmp_path / "final")
+    base.tokenizer.save_pretrained(tmp_path / "final")
+    card = Card(folders["base"], None, "fp32", False, "tokenizer", base.template.hash)
+    write_card(tmp_path / "final", card)
+    tasks = ["perplexity", "exact_match"]
+    report = evaluate(str(tmp_path), tasks, dialogs(), max_new_tokens=4, device="cpu")
+    alone = evaluate_policy(base, tasks, dialogs(), max_new_tokens=4)
+    assert report.base == folders["base"]
+    assert [result.score.base_value for result in report.results] == pytest.approx([score.value for score in alone.scores])
+    assert report.scores[0].value != pytest.approx(alone.scores[0].value)
+    write_card(tmp_path / "final", replace(card, base=str(tmp_path / "gone")))
+    with pytest.raises(ModelError, match="the base that this run records") as caught:
+        evaluate(str(tmp_path), tasks, dialogs(), max_new_tokens=4, device="cpu")
+    assert "--base none" in caught.value.remedy
+    assert evaluate(str(tmp_path), tasks, dialogs(), base="none", max_new_tokens=4, device="cpu").scores == alone_scores(report.scores)
+
+
+def alone_scores(scores: list[Score]) -> list[Score]:
+    return [replace(score, base_value=None) for score in scores]
+
+
+def test_perplexities_over_different_tokens_are_not_compared(base: Opened, folders: dict[str, str], tmp_path: Path) -> None:
+    other = open_model(folders["base"], device="cpu")
+    other.tokenizer.add_tokens(["question"])
+    report = evaluate_policy(base, ["perplexity", "exact_match"], dialogs()[:2], base=other, max_new_tokens=2)
+    assert report.get("perplexity").score.base_value is None
+    assert report.get("exact_match").score.base_value is not None
+    assert any("another tokenizer" in note for note in report.notes)
+
+
 def test_the_json_has_the_keys_that_are_promised(base: Opened) -> None:
     report = evaluate_policy(base, ["perplexity", "exact_match"], dialogs(), max_new_tokens=3, name="mine")
     tree = json.loads(json.dumps(report.as_dict(), allow_nan=False))
@@ -193,11 +229,10 @@ def test_a_choice_is_made_by_the_options_own_log_probability(base: Opened, folde
 def test_sampled_log_probs_are_the_scored_ones(tuned: Opened) -> None:
     """Through the adapter, the packed attention and its switching off for generation."""
     prompts = [render_prompt(case.prompt().messages, (), tuned.template, tuned.tokenizer) for case in read_cases(dialogs())]
-    stops = stop_ids(tuned.template, tuned.tokenizer)
     before = tuned.policy.causal.config._attn_implementation
     for temperature in (0.0, 1.3):
         settings = SampleSettings(max_new_tokens=12, temperature=temperature)
-        answers = [row[0] for row in sampler_of(tuned.policy, tuned.tokenizer, stops).sample(prompts, settings)]
+        answers = [row[0] for row in chat_sampler(tuned.policy, tuned.tokenizer, tuned.template).sample(prompts, settings)]
         rows = [
             Tokens(np.array([*ids, *one.ids], np.int32), np.r_[np.zeros(len(ids)), np.ones(len(one.ids))].astype(np.float32), "row")
             for ids, one in zip(prompts, answers, strict=True)
@@ -285,3 +320,11 @@ def test_prompts_of_a_file_and_raw_text(base: Opened, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prompt in the row"):
         read_prompts(tmp_path / "bad.jsonl")
     assert as_text(asks[1].messages) == "[system]\ns\n\n[user]\nu"
+
+
+def test_white_space_that_the_template_writes_is_no_part_of_the_answer(base: Opened) -> None:
+    opened = replace(base, template=choose_template(base.tokenizer, "simple"))
+    lead = lead_of(opened.template, base.tokenizer)
+    assert lead == " ", "User: ...\n\nAssistant: ..."
+    assert lead_of(base.template, base.tokenizer) == ""
+    assert lead_of(choose_template(base.tokenizer, "none"), base.tokenizer) == ""

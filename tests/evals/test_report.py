@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from tunesmith.core.types import Score
+from tunesmith.evals import page
 from tunesmith.evals.curves import curves, smooth
 from tunesmith.evals.report import environment, write_report
 from tunesmith.evals.result import Result, gap, number, places, sample_row, span
@@ -88,27 +89,27 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_value_is_escaped_and_every_tag_is_closed(written: Path) -> None:
-    page = written.read_text(encoding="utf-8")
+    html = written.read_text(encoding="utf-8")
     reader = Reader()
-    reader.feed(page)
+    reader.feed(html)
     assert not reader.open
     assert "script" not in reader.tags
-    assert "<script" not in page
+    assert "<script" not in html
     assert reader.text.count(EVIL) >= 15
 
 
 def test_nothing_is_fetched_from_elsewhere(written: Path) -> None:
-    page = written.read_text(encoding="utf-8")
-    assert not re.search(r"https?://|//[a-z]|@import|src=|<link|<img|url\((?!#)", page)
-    for target in re.findall(r'href="([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page):
+    html = written.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|//[a-z]|@import|src=|<link|<img|url\((?!#)", html)
+    for target in re.findall(r'href="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html):
         assert target.startswith("#")
-        assert f'id="{target[1:]}"' in page
-    ids = re.findall(r'\bid="([^"]+)"', page)
+        assert f'id="{target[1:]}"' in html
+    ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)), "pictures on one page share no id"
 
 
 def test_numbers_stand_with_n_interval_and_base(written: Path) -> None:
-    page = written.read_text(encoding="utf-8")
+    html = written.read_text(encoding="utf-8")
     for words in (
         "98.5 %",
         "95.7 – 99.5 %",
@@ -121,12 +122,12 @@ def test_numbers_stand_with_n_interval_and_base(written: Path) -> None:
         ">200<",
         "seed 0, 7",
     ):
-        assert words in page, words
-    assert 'class="value better">+98.0' in page
-    assert 'class="value worse">+0.211' in page
-    assert "40.0 % trained" in page
-    assert "2 validation rows are also trained on" in page
-    assert "and 4 more" in page
+        assert words in html, words
+    assert 'class="value better">+98.0' in html
+    assert 'class="value worse">+0.211' in html
+    assert "40.0 % trained" in html
+    assert "2 validation rows are also trained on" in html
+    assert "and 4 more" in html
 
 
 def test_the_json_is_strict_and_has_the_same_numbers(written: Path) -> None:
@@ -142,9 +143,9 @@ def test_the_json_is_strict_and_has_the_same_numbers(written: Path) -> None:
 
 
 def test_an_empty_report_is_a_page_too(tmp_path: Path) -> None:
-    page = write_report(tmp_path / "new" / "run", title="nothing").read_text(encoding="utf-8")
-    assert "<h1>nothing</h1>" in page
-    assert "<h2>" not in page
+    html = write_report(tmp_path / "new" / "run", title="nothing").read_text(encoding="utf-8")
+    assert "<h1>nothing</h1>" in html
+    assert "<h2>" not in html
 
 
 def test_a_change_within_chance_is_neither_better_nor_worse() -> None:
@@ -177,3 +178,12 @@ def test_the_terminal_table_shows_base_beside_model() -> None:
     assert "[bold]pocket" in text
     assert re.search(r"json_valid/valid\s+200\s+0\.5 %\s+0\.1 – 2\.8 %\s+98\.5 %\s+95\.7 – 99\.5 %\s+\+98\.0 pp\s+p < 0\.001", text)
     assert re.search(r"general/perplexity\s+200\s+6\.42\s+6\.25 – 6\.59\s+6\.64\s+6\.45 – 6\.81\s+\+0\.211\s+p = 0\.001", text)
+
+
+def test_what_cannot_be_seen_is_said() -> None:
+    assert page.said("a\n\nb") == "a\n\nb"
+    assert page.said("a" + "\n" * 40) == 'a <span class="soft">⏎ × 40</span>'
+    assert page.said("a" + "\n" * 9 + "<b>") == 'a\n<span class="soft">⏎ × 9</span>\n&lt;b&gt;'
+    assert page.said("\x00\x1b") == "␀␛"
+    assert page.said(" \n") == '<span class="soft">(2 blank characters)</span>'
+    assert page.said("") == '<span class="soft">(nothing)</span>'

@@ -118,6 +118,13 @@ def test_the_context_limit_gives_each_row_the_room_it_has(tokenizer: PreTrainedT
         TransformersSampler(model, tokenizer, stop_ids=[]).sample([[3] * 64], SampleSettings(max_new_tokens=1))
 
 
+def test_what_the_template_writes_before_an_answer_is_left_out_of_its_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, settings = tiny(), SampleSettings(max_new_tokens=6, temperature=0)
+    [[whole]] = TransformersSampler(model, tokenizer, stop_ids=[STOP]).sample([[3]], settings)
+    [[part]] = TransformersSampler(model, tokenizer, stop_ids=[STOP], lead=whole.text[:2]).sample([[3]], settings)
+    assert (part.text, part.ids, part.logprobs) == (whole.text[2:], whole.ids, whole.logprobs)
+
+
 def test_impossible_settings_and_empty_prompts_fail_at_the_door(tokenizer: PreTrainedTokenizerFast) -> None:
     sampler = TransformersSampler(tiny(), tokenizer, stop_ids=[STOP])
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"n": 0}, {"max_new_tokens": 0}, {"top_k": -1}):

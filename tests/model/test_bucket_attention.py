@@ -8,9 +8,7 @@ from tunesmith.model.layout import Layout
 
 def inputs(total, heads, keys, width=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(total, h, width, dtype=torch.float64, generator=generator, requires_grad=True) for h in (heads, keys, keys)
-    ]
+    return [torch.randn(total, h, width, dtype=torch.float64, generator=generator, requires_grad=True) for h in (heads, keys, keys)]
 
 
 def reference(q, k, v, lengths, scale, window):

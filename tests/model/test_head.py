@@ -10,7 +10,13 @@ def case(rows=50, vocabulary=37, width=8, bias=True):
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
     hint = torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1
-    return make(rows, width).requires_grad_(), make(vocabulary, width).requires_grad_(), make(vocabulary).requires_grad_() if bias else None, targets, hint
+    return (
+        make(rows, width).requires_grad_(),
+        make(vocabulary, width).requires_grad_(),
+        make(vocabulary).requires_grad_() if bias else None,
+        targets,
+        hint,
+    )
 
 
 def plain(hidden, weight, bias, targets, form):
@@ -32,7 +38,9 @@ def test_head_is_log_softmax_with_exact_gradients(form, bias, proportional, monk
     ours = token_logprobs(hidden, weight, bias_, targets, hint, form, torch.float64)
     theirs = plain(hidden, weight, bias_, targets, form)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    for a, b in zip(torch.autograd.grad((ours * incoming).sum(), wanted), torch.autograd.grad((theirs * incoming).sum(), wanted), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((ours * incoming).sum(), wanted), torch.autograd.grad((theirs * incoming).sum(), wanted), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 

@@ -108,7 +108,9 @@ def test_random_init_keeps_the_architecture_and_follows_the_seed(base):
 def test_precision_follows_what_is_trained(base):
     def kinds(adapter, training=True):
         policy = build_policy(recipe.Model(base=str(base), dtype="bf16", adapter=adapter), "cpu", seed=0, training=training)
-        return {p.dtype for p in policy.causal.parameters() if p.requires_grad}, {p.dtype for p in policy.causal.parameters() if not p.requires_grad}
+        return {p.dtype for p in policy.causal.parameters() if p.requires_grad}, {
+            p.dtype for p in policy.causal.parameters() if not p.requires_grad
+        }
 
     assert kinds(None) == ({torch.float32}, set())
     assert kinds(RANK4) == ({torch.float32}, {torch.bfloat16})
@@ -275,4 +277,6 @@ def test_activation_estimate_is_near_what_autograd_keeps():
     attention = 3 * 4 * 10 * 112 * 112 * 4
     estimate = activation_bytes(model.config, 1000, torch.float32) - 3 * (64 << 20) + attention
     assert 0.5 < estimate / (sum(kept.values()) - weights) < 2
-    assert np.isclose(activation_bytes(model.config, 2000, torch.float32) - activation_bytes(model.config, 1000, torch.float32), estimate - attention)
+    assert np.isclose(
+        activation_bytes(model.config, 2000, torch.float32) - activation_bytes(model.config, 1000, torch.float32), estimate - attention
+    )

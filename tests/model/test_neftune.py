@@ -7,7 +7,9 @@ BATCH = make_batch((40, 10, 3))
 def noise(policy, batch=BATCH):
     """What the embedding's output is raised by, [tokens, width] in the order of the pass, and the lengths there."""
     seen = []
-    handle = policy.causal.model.layers[0].register_forward_pre_hook(lambda _m, args, kwargs: seen.append((args or kwargs["hidden_states"])[0]), with_kwargs=True)
+    handle = policy.causal.model.layers[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append((args or kwargs["hidden_states"])[0]), with_kwargs=True
+    )
     alpha, policy._neftune = policy._neftune, 0.0
     policy.score(batch)
     policy._neftune = alpha

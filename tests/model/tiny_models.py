@@ -40,7 +40,9 @@ def make_batch(lengths=(19, 5, 44, 2, 30), seed: int = 1, vocabulary: int = 256,
     rng = np.random.default_rng(seed)
     stops = np.cumsum(lengths)
     ids = rng.integers(3, vocabulary, stops[-1]).astype(np.int32)
-    train = rng.choice(np.array(weights, np.float32), stops[-1], p=[0.35, *[0.65 / (len(weights) - 1)] * (len(weights) - 1)]).astype(np.float32)
+    train = rng.choice(np.array(weights, np.float32), stops[-1], p=[0.35, *[0.65 / (len(weights) - 1)] * (len(weights) - 1)]).astype(
+        np.float32
+    )
     train[stops - 1] = 1
     train[[0, *stops[:-1]]] = 0
     return Batch(ids, train, tuple(Segment(int(b) - n, int(b), f"row:{i}") for i, (b, n) in enumerate(zip(stops, lengths, strict=True))))

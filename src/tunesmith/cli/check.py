@@ -33,7 +33,7 @@ def check(
     from tunesmith.cli.short_form import load_words
     from tunesmith.core import log
     from tunesmith.core.load import dump_yaml
-    from tunesmith.train.inspect import inspect
+    from tunesmith.training.inspect import inspect
 
     log.set_up()
     stages = load_words(recipe, sets or [], method=method, model=model, data=data, out=out, template=template)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from tunesmith.cli.main import app, say
+
+
+class Turns(StrEnum):
+    """Which assistant turns are trained."""
+
+    all = "all"
+    last = "last"
+
 
 EXAMPLE = """
 Show what would be trained: the tokens of N rows, the trained ones marked.
@@ -26,14 +35,15 @@ def show(
     template: Annotated[str, typer.Option(help="auto, a named template, a Jinja file, or none")] = "auto",
     n: Annotated[int, typer.Option("-n", min=1, help="rows to show")] = 3,
     data_format: Annotated[str, typer.Option("--format", help="auto, messages, sharegpt, alpaca, prompt_completion, text")] = "auto",
-    turns: Annotated[str, typer.Option(help="assistant turns that are trained: all or last")] = "all",
+    turns: Annotated[Turns, typer.Option(help="assistant turns that are trained")] = Turns.all,
     max_length: Annotated[int | None, typer.Option(help="mark rows over this many tokens as dropped")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Render the first rows and print them."""
     from tunesmith.core import log
     from tunesmith.core.card import read_card
-    from tunesmith.data.show import print_rows, show_rows
+    from tunesmith.core.recipe import Source
+    from tunesmith.data.show import painted, show_rows
     from tunesmith.data.template import choose_template
     from tunesmith.model.tokenizer import load_tokenizer, resolve
 
@@ -42,8 +52,10 @@ def show(
     tokenizer = load_tokenizer(folder)
     card = read_card(folder)
     chosen = choose_template(tokenizer, template, card.template_options if card and template == "auto" else None)
-    shown = show_rows(data, tokenizer, chosen, n, data_format=data_format, turns=turns, max_length=max_length)
+    shown = show_rows(Source(path=data, format=data_format), tokenizer, chosen, n, turns=turns.value, max_length=max_length)
     if as_json:
         say(shown)
-    else:
-        print_rows(shown)
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(painted(shown, frozenset(tokenizer.all_special_ids)))

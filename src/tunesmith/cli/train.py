@@ -45,7 +45,7 @@ def train(
     if print_recipe:
         typer.echo("\n".join(dump_yaml(stage) for stage in loaded), nl=False)
         return
-    from tunesmith.train.run import train as run_training
+    from tunesmith.training.run import train as run_training
 
     result = run_training(loaded, fresh=fresh)
     if as_json:

@@ -34,7 +34,7 @@ def verify(
 ) -> None:
     """Re-read and compare; exit status 1 when anything differs."""
     from tunesmith.core import log
-    from tunesmith.train.receipt import verify as check_receipt
+    from tunesmith.training.receipt import verify as check_receipt
 
     log.set_up()
     found = check_receipt(run, device)
@@ -53,7 +53,7 @@ def verify(
 @app.command(help=DOCTOR)
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False) -> None:
     """Look around and print it."""
-    from tunesmith.train.receipt import machine
+    from tunesmith.training.receipt import machine
 
     found = machine()
     if as_json:

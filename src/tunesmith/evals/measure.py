@@ -17,7 +17,7 @@ from tunesmith.evals.opening import Opened
 from tunesmith.evals.rows import Case
 from tunesmith.evals.task import Task
 from tunesmith.grade.options import LETTERS
-from tunesmith.infer.generate import prompt_ids, sampler_of
+from tunesmith.infer.generate import chat_sampler, prompt_ids
 from tunesmith.infer.sampler import context_limit
 
 Place = int  # of a case in the list of all cases
@@ -103,7 +103,7 @@ def _answer(out: Measured, opened: Opened, cases: Sequence[Case], max_new_tokens
             out.leave_out(f"the prompt fills the context of {limit} tokens", case.key)
         else:
             prompts[place] = ids
-    sampler = sampler_of(opened.policy, opened.tokenizer, render.stop_ids(opened.template, opened.tokenizer))
+    sampler = chat_sampler(opened.policy, opened.tokenizer, opened.template)
     rows = sampler.sample(list(prompts.values()), SampleSettings(max_new_tokens=max_new_tokens, temperature=0.0))
     out.answers = {place: row[0].text for place, row in zip(prompts, rows, strict=True)}
 

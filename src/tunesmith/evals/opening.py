@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from tunesmith.core.card import Card, read_card
 from tunesmith.data.template import ChatTemplate, choose_template
@@ -37,7 +37,6 @@ def open_model(name: str, *, adapter: str | None = None, template: str = "auto",
     trained_plain = card is not None and card.template == "none"
     wanted = "none" if template == "auto" and trained_plain else template
     chosen = choose_template(tokenizer, wanted, card.template_options if card is not None and wanted == "auto" else None)
-    if dtype == "auto" and card is not None:
-        dtype = card.dtype
-    policy = load_policy(name, adapter=adapter, dtype=dtype, device=device)
+    precision = card.dtype if dtype == "auto" and card is not None else dtype
+    policy = load_policy(name, adapter=adapter, dtype=cast(Literal["auto", "fp32", "bf16"], precision), device=device)
     return Opened(policy, tokenizer, chosen, folder, card)

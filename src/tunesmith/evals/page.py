@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -119,6 +120,21 @@ def folded(title: str, body: str, *, opened: bool = False) -> str:
 def block(text: str) -> str:
     """Preformatted text that wraps."""
     return f'<pre class="block">{escape(text)}</pre>' if text.strip() else ""
+
+
+def said(text: str) -> str:
+    """What a model said, as HTML: invisible characters are shown, and runs of blank lines, at its end too, are counted instead."""
+    plain = "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else c for c in text)
+    if not plain.strip():
+        return f'<span class="soft">({len(plain)} blank characters)</span>' if plain else '<span class="soft">(nothing)</span>'
+    body = plain.rstrip()
+    out = "".join(_lines(part) if place % 2 else escape(part) for place, part in enumerate(re.split(r"(\n(?:[ \t]*\n){3,})", body)))
+    after = plain[len(body) :].count("\n")
+    return out + (f' <span class="soft">⏎ × {after}</span>' if after else "")
+
+
+def _lines(run: str) -> str:
+    return f'\n<span class="soft">⏎ × {run.count(chr(10))}</span>\n'
 
 
 def mark(grade: float, word: str = "") -> str:

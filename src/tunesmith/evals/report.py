@@ -188,8 +188,7 @@ def _samples(samples: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> st
 def _side(name: str, answer: str, grades: Mapping[str, float] | None, truth: str) -> str:
     # Without grades only an answer equal to the truth is marked: a different one may be as good.
     known = grades if grades else {"": 1.0} if truth and answer.strip() == truth.strip() else {}
-    text = escape(answer) if answer.strip() else '<span class="soft">(nothing)</span>'
-    return f"<div><h3>{escape(name)} {_marks(known)}</h3><pre>{text}</pre></div>"
+    return f"<div><h3>{escape(name)} {_marks(known)}</h3><pre>{page.said(answer)}</pre></div>"
 
 
 def _marks(grades: Mapping[str, float]) -> str:

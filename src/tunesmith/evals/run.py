@@ -6,8 +6,10 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from tunesmith.core.errors import ModelError
 from tunesmith.core.log import logger
@@ -149,9 +151,19 @@ def perplexity_score(
     Raises GradeError when no row has a trained token.
     """
     sums, weights = row_sums(policy, list(rows))
+    return replace(perplexity_result(sums, weights, task=task, seed=seed).score, base_value=base_value)
+
+
+def perplexity_result(
+    sums: stats.Floats, weights: stats.Floats, base_sums: stats.Floats | None = None, *, task: str = "validation", seed: int = 0
+) -> Result:
+    """Perplexity from what `row_sums` gave; with the base's sums over the same rows, the base's interval and the difference too."""
     known = weights > 0
-    found = stats.ratio(sums[known], weights[known], seed=seed)
-    return Score(task, "perplexity", math.exp(found.value), found.n, math.exp(found.low), math.exp(found.high), seed, base_value)
+    pairs = {place: (float(sums[place]), float(weights[place])) for place in np.flatnonzero(known).tolist()}
+    others = None
+    if base_sums is not None:
+        others = {place: (float(base_sums[place]), float(weights[place])) for place in pairs}
+    return _result(task, "perplexity", pairs, others, seed)
 
 
 def _base_of(opened: Opened, asked: str | None) -> tuple[str | None, str | None]:

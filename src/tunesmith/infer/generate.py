@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import DataError
+from tunesmith.core.errors import DataError, TemplateError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Source
 from tunesmith.core.types import Message, Prompt, Row
@@ -15,7 +15,7 @@ from tunesmith.data.formats import turns
 from tunesmith.data.formats.messages import read_turns
 from tunesmith.data.problem import Problem
 from tunesmith.data.sources import read
-from tunesmith.data.template import ChatTemplate
+from tunesmith.data.template import ChatTemplate, apply
 from tunesmith.infer.sampler import TransformersSampler
 from tunesmith.model.policy import Policy
 
@@ -32,8 +32,7 @@ def generate(
     Raises DataError for messages in raw mode, and what rendering and sampling raise.
     """
     ids = [raw_ids(prompt, tokenizer) if raw else prompt_ids(prompt, tokenizer, template) for prompt in prompts]
-    stops = raw_stops(policy, tokenizer) if raw else render.stop_ids(template, tokenizer)
-    rows = sampler_of(policy, tokenizer, stops).sample(ids, settings)
+    rows = (raw_sampler(policy, tokenizer) if raw else chat_sampler(policy, tokenizer, template)).sample(ids, settings)
     return [
         {
             "prompt": prompt if isinstance(prompt, str) else [message.as_dict() for message in as_prompt(prompt).messages],
@@ -45,9 +44,35 @@ def generate(
     ]
 
 
-def sampler_of(policy: Policy, tokenizer: Any, stop_ids: Sequence[int]) -> TransformersSampler:
-    """A sampler over a policy's model, with the attention that the model itself came with."""
-    return TransformersSampler(policy.model, tokenizer, stop_ids=stop_ids, attention=policy.own_attention)
+def chat_sampler(policy: Policy, tokenizer: Any, template: ChatTemplate) -> TransformersSampler:
+    """A sampler that answers chats: it stops where the template ends a turn, and uses the attention that the model came with."""
+    stops, lead = render.stop_ids(template, tokenizer), lead_of(template, tokenizer)
+    return TransformersSampler(policy.model, tokenizer, stop_ids=stops, lead=lead, attention=policy.own_attention)
+
+
+def raw_sampler(policy: Policy, tokenizer: Any) -> TransformersSampler:
+    """A sampler that continues text: it stops at the end-of-text tokens that the tokenizer and the model's configuration name."""
+    named = policy.causal.generation_config.eos_token_id if policy.causal.generation_config is not None else None
+    listed = named if isinstance(named, list) else [named]
+    stops = [int(token) for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]
+    return TransformersSampler(policy.model, tokenizer, stop_ids=stops, attention=policy.own_attention)
+
+
+def lead_of(template: ChatTemplate, tokenizer: Any) -> str:
+    """The white space that the template writes between its prompt and an answer, such as the space after `Assistant:`.
+
+    The model has to produce it, since the prompt ends before it, and yet it is no part of what is said.
+    """
+    if template.text is None:
+        return ""
+    asked, answer = Message("user", "qz1questionzq"), Message("assistant", "qz1answerzq")
+    try:
+        before = apply(template, tokenizer, [asked], generation_prompt=True)
+        whole = apply(template, tokenizer, [asked, answer])
+    except TemplateError:
+        return ""
+    lead = whole[len(before) :].partition(answer.content)[0] if whole.startswith(before) else ""
+    return lead if lead.isspace() else ""
 
 
 def read_prompts(path: str | Path) -> list[Ask]:
@@ -105,10 +130,3 @@ def raw_ids(prompt: Ask, tokenizer: Any) -> list[int]:
         ids = ids[1:]
     closed = len(ids) > 1 and ids[-1] == eos and not prompt.endswith(str(tokenizer.eos_token))
     return ids[:-1] if closed else ids
-
-
-def raw_stops(policy: Policy, tokenizer: Any) -> list[int]:
-    """The end-of-text tokens that the tokenizer and the model's generation configuration name."""
-    named = policy.causal.generation_config.eos_token_id if policy.causal.generation_config is not None else None
-    listed = named if isinstance(named, list) else [named]
-    return [int(token) for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]

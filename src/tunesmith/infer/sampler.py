@@ -38,15 +38,19 @@ class TransformersSampler:
     from its own random stream, named by the seed, the prompt's ids, its count among equal prompts and its number of n; so it depends
     on neither the order nor the batch it stands in, up to the rounding of the model's own products.
     The model's generation_config is not used: what SampleSettings and stop_ids say is all that happens.
+    `lead` is what a template writes between prompt and answer: it is generated and scored, and left out of a completion's text.
     A completion's logprobs are those of the model itself (temperature 1, nothing cut off, float32 log-softmax), also where the
     draw was greedy or narrowed. While it samples the model is in evaluation mode; modes, attention and configuration are
     restored afterwards.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, stop_ids: Sequence[int], attention: str = "sdpa", batch_tokens: int = 16384) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, stop_ids: Sequence[int], lead: str = "", attention: str = "sdpa", batch_tokens: int = 16384
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stop_ids = tuple(dict.fromkeys(int(token) for token in stop_ids))
+        self.lead = lead
         self.attention = attention
         self.batch_tokens = batch_tokens
 
@@ -108,7 +112,7 @@ class TransformersSampler:
         end = next((place for place, token in enumerate(answer) if token in self.stop_ids), None)
         kept = answer if end is None else answer[: end + 1]
         text = continuation(self.tokenizer, request.ids, kept if end is None else kept[:-1])
-        return Completion(text, tuple(kept), tuple(logp[: len(kept)]), "length" if end is None else "stop")
+        return Completion(text.removeprefix(self.lead), tuple(kept), tuple(logp[: len(kept)]), "length" if end is None else "stop")
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]

@@ -57,7 +57,7 @@ def _mask(*, config: Any, use_vmap: bool = False, local_size: int | None = None,
         return mask
     # A chunked mask arrives as a local size too, and a custom mask as use_vmap: neither is a window.
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    return torch.full((1, 1, 1, 1), 0)
+    return torch.full((1, 1, 1, 1), _UNKNOWN_MASK if use_vmap or (chunked and local_size) else (local_size or 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

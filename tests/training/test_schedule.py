@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from tunesmith.core.recipe import Optim, Run
 from tunesmith.core.types import Tokens
 from tunesmith.data.dataset import Builder
-from tunesmith.train.optim import build_optimizer, lr_factor
-from tunesmith.train.source import Offline
+from tunesmith.training.optim import build_optimizer, lr_factor
+from tunesmith.training.source import Offline
 
 
 def factors(total, **settings):

@@ -13,7 +13,7 @@ from tunesmith.core.types import Batch, Tokens
 from tunesmith.data.pack import pack
 from tunesmith.model.policy import Policy
 from tunesmith.objective import Method
-from tunesmith.train.parallel import Ranks
+from tunesmith.training.parallel import Ranks
 
 
 @dataclass(frozen=True)

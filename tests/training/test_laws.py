@@ -15,10 +15,10 @@ from tunesmith.core.load import build
 from tunesmith.data.prepare import prepare
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
-from tunesmith.train.parallel import Ranks
-from tunesmith.train.run import train
-from tunesmith.train.source import Offline
-from tunesmith.train.step import Budget, gradient_step, validation_loss, zero_gradients
+from tunesmith.training.parallel import Ranks
+from tunesmith.training.run import train
+from tunesmith.training.source import Offline
+from tunesmith.training.step import Budget, gradient_step, validation_loss, zero_gradients
 
 KINDS = ["full", "lora"]
 

@@ -48,7 +48,7 @@ class Ranks:
             grads = [p.grad for p in trainable if p.dtype == dtype and p.grad is not None]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat)
-            for grad, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            for grad, piece in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 grad.copy_(piece.view_as(grad))
 
     def barrier(self) -> None:

@@ -27,11 +27,11 @@ from tunesmith.evals.rows import as_text
 from tunesmith.evals.run import perplexity_score
 from tunesmith.infer.generate import generate
 from tunesmith.model.policy import Policy
-from tunesmith.train import receipt as receipts
-from tunesmith.train import state as states
-from tunesmith.train.loop import Job, perplexity
-from tunesmith.train.sinks import read_metrics
-from tunesmith.train.state import Identity
+from tunesmith.training import receipt as receipts
+from tunesmith.training import state as states
+from tunesmith.training.loop import Job, perplexity
+from tunesmith.training.sinks import read_metrics
+from tunesmith.training.state import Identity
 
 SAMPLE = SampleSettings(max_new_tokens=96, temperature=0.0)
 

@@ -20,16 +20,16 @@ from tunesmith.model.load import check_vocabulary, choose_device, resolve
 from tunesmith.model.policy import Policy, build_policy
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
-from tunesmith.train import finish, receipt
-from tunesmith.train import state as states
-from tunesmith.train.loop import Job, run_loop, stop_on_signal
-from tunesmith.train.optim import build_optimizer, peak_lr
-from tunesmith.train.parallel import Ranks, join, leave
-from tunesmith.train.receipt import precision
-from tunesmith.train.sinks import Sinks, open_sinks
-from tunesmith.train.source import Offline
-from tunesmith.train.state import Identity, Progress
-from tunesmith.train.step import Budget
+from tunesmith.training import finish, receipt
+from tunesmith.training import state as states
+from tunesmith.training.loop import Job, run_loop, stop_on_signal
+from tunesmith.training.optim import build_optimizer, peak_lr
+from tunesmith.training.parallel import Ranks, join, leave
+from tunesmith.training.receipt import precision
+from tunesmith.training.sinks import Sinks, open_sinks
+from tunesmith.training.source import Offline
+from tunesmith.training.state import Identity, Progress
+from tunesmith.training.step import Budget
 
 Result = dict[str, Any]
 

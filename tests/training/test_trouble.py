@@ -10,9 +10,9 @@ import torch
 from tunesmith.core.errors import CapacityError, ModelError, RecipeError
 from tunesmith.model.policy import Policy
 from tunesmith.objective import methods
-from tunesmith.train.parallel import Ranks
-from tunesmith.train.run import train
-from tunesmith.train.step import Budget, gradient_step, zero_gradients
+from tunesmith.training.parallel import Ranks
+from tunesmith.training.run import train
+from tunesmith.training.step import Budget, gradient_step, zero_gradients
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

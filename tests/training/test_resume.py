@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 
 from tunesmith.core.errors import CapacityError, CheckpointError
-from tunesmith.train import state as states
-from tunesmith.train.run import Interrupted, train
-from tunesmith.train.sinks import JsonLines
+from tunesmith.training import state as states
+from tunesmith.training.run import Interrupted, train
+from tunesmith.training.sinks import JsonLines
 
 KINDS = ["full", "lora"]
 

@@ -12,11 +12,11 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.model.load import resolve
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
-from tunesmith.train import finish, receipt
-from tunesmith.train import state as states
-from tunesmith.train.optim import peak_lr, warmup_steps
-from tunesmith.train.source import Offline
-from tunesmith.train.state import Identity
+from tunesmith.training import finish, receipt
+from tunesmith.training import state as states
+from tunesmith.training.optim import peak_lr, warmup_steps
+from tunesmith.training.source import Offline
+from tunesmith.training.state import Identity
 
 
 def inspect(loaded: Loaded) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 
 from tunesmith.core.errors import ModelError
 from tunesmith.core.log import logger
-from tunesmith.train import watch
+from tunesmith.training import watch
 
 
 def test_a_first_step_that_moves_nothing_is_an_error():

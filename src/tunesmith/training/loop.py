@@ -20,14 +20,14 @@ from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Tokens
 from tunesmith.model.policy import Policy
 from tunesmith.objective import Method
-from tunesmith.train import state as states
-from tunesmith.train import watch
-from tunesmith.train.optim import lr_factor
-from tunesmith.train.parallel import Ranks
-from tunesmith.train.sinks import Sinks
-from tunesmith.train.source import Offline
-from tunesmith.train.state import Identity, Progress
-from tunesmith.train.step import Budget, StepResult, gradient_step, not_finite, validation_loss, zero_gradients
+from tunesmith.training import state as states
+from tunesmith.training import watch
+from tunesmith.training.optim import lr_factor
+from tunesmith.training.parallel import Ranks
+from tunesmith.training.sinks import Sinks
+from tunesmith.training.source import Offline
+from tunesmith.training.state import Identity, Progress
+from tunesmith.training.step import Budget, StepResult, gradient_step, not_finite, validation_loss, zero_gradients
 
 
 @dataclass
