@@ -139,8 +139,9 @@ def compare_mask(template: ChatTemplate, tokenizer: Any) -> str:
                 if len(rendered) > 1:
                     continue
             mask = [*mask, *[0] * (len(ours.tokens) - len(mask))]
-            more, less = set(), set()
-            for k, (a, b) in enumerate(zip(ours.tokens.train, mask, strict=True)):
+            more: set[str] = set()
+            less: set[str] = set()
+            for k, (a, b) in enumerate(zip(ours.tokens.train, mask, strict=False)):
                 if bool(a) != bool(b):
                     (more if a else less).add(ours.pieces[k] or "(part of a character)")
             if not more and not less:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,8 @@ def texts(path: Path, limit: int) -> Iterator[str]:
     """The texts of the first rows of a JSON lines file."""
     with path.open(encoding="utf-8") as file:
         for line in islice(file, limit):
-            yield json.loads(line)["text"]
+            # The chat marks are tokens already; left in, they would be glued to their neighbours.
+            yield re.sub(r"<\|[a-z_]+\|>", "", json.loads(line)["text"])
 
 
 def build(corpus: Path, limit: int) -> Tokenizer:

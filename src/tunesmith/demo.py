@@ -109,10 +109,8 @@ def print_demo(result: dict[str, Any]) -> None:
     for name in ("", "before", "after", "95 % interval", "n"):
         table.add_column(name, justify="left" if not name else "right")
     for name, found in result["intervals"].items():
-        share = name != "general_perplexity"
-        shown = (lambda x: f"{100 * x:.1f} %") if share else (lambda x: f"{x:.2f}")
-        ends = f"{shown(found['low'])} to {shown(found['high'])}"
-        table.add_row(name.replace("_", " "), shown(found["base_value"]), f"[bold green]{shown(found['value'])}[/]", ends, str(found["n"]))
+        low, high, before, after = (_shown(name, found[key]) for key in ("low", "high", "base_value", "value"))
+        table.add_row(name.replace("_", " "), before, f"[bold green]{after}[/]", f"{low} to {high}", str(found["n"]))
     console.print(table)
     sides = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", show_edge=False)
     for name, width in (("ticket", 44), ("before", 30), ("after", 44)):
@@ -123,6 +121,10 @@ def print_demo(result: dict[str, Any]) -> None:
         sides.add_row()
     console.print(sides)
     console.print(f"report   {result['report']}\nmodel    {result['run']}/final\n{result['seconds']:.0f} seconds in all", soft_wrap=True)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.2f}" if name == "general_perplexity" else f"{100 * value:.1f} %"
 
 
 def _plain(text: str) -> str:

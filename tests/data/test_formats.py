@@ -216,6 +216,7 @@ def test_sharegpt_refused(turns, code):
 
 def test_alpaca():
     row = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "s", "history": [["q", "a"]], "id": 7}
+    assert len(example("alpaca", {"instruction": "Hi", "output": "x", "story": "not a misspelt history"}).messages) == 2
     assert example("alpaca", row).messages == (
         Message("system", "s"),
         Message("user", "q"),

@@ -91,10 +91,10 @@ def test_dialogs_are_split_at_user_turns_with_the_system_in_front():
     assert together.messages == whole.messages
 
 
-def test_a_later_system_turn_stays_where_it_is():
+def test_a_later_system_turn_goes_with_the_exchange_behind_it():
     whole = dialog("user", "assistant", "system", "user", "assistant")
     pieces = list(split_dialog(whole, lambda _: False))
-    assert [[m.content for m in piece.messages] for piece in pieces] == [["user0", "assistant1", "system2"], ["user3", "assistant4"]]
+    assert [[m.content for m in piece.messages] for piece in pieces] == [["user0", "assistant1"], ["system2", "user3", "assistant4"]]
 
 
 def test_surely_over():

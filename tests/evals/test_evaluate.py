@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,21 @@ def test_the_base_beside_an_adapter_is_the_base(tuned: Opened, base: Opened, fol
     ppl = report.get("perplexity")
     assert ppl.difference.value == pytest.approx(ppl.score.value - ppl.score.base_value)
     assert evaluate(folders["adapter"], tasks, dialogs(), base=folders["base"], max_new_tokens=6, device="cpu").results == report.results
+
+
+def test_the_base_of_an_adapter_is_what_it_started_from(base: Opened, tuned: Opened, folders: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(folders["adapter"], tmp_path / "second")
+    card = Card("", None, "fp32", True, "tokenizer", base.template.hash)
+    expected = {
+        folders["base"]: (base, folders["base"]),
+        folders["adapter"]: (tuned, folders["adapter"]),
+        "./gone": (base, folders["base"]),
+    }
+    for recorded, (same, named) in expected.items():
+        write_card(tmp_path / "second", replace(card, base=recorded))
+        report = evaluate(str(tmp_path / "second"), ["perplexity"], dialogs(), device="cpu")
+        assert report.base == named
+        assert report.scores[0].base_value == pytest.approx(evaluate_policy(same, ["perplexity"], dialogs()).scores[0].value)
 
 
 def test_a_whole_model_is_scored_beside_the_base_that_its_card_names(base: Opened, folders: dict[str, str], tmp_path: Path) -> None:

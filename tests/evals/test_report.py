@@ -112,12 +112,12 @@ def test_numbers_stand_with_n_interval_and_base(written: Path) -> None:
     html = written.read_text(encoding="utf-8")
     for words in (
         "98.5 %",
-        "95.7 – 99.5 %",
+        "95.7–99.5",
         "0.5 %",
         "+98.0 pp",
         "p &lt; 0.001",
         "6.64",
-        "6.45 – 6.81",
+        "6.45–6.81",
         "+0.211",
         ">200<",
         "seed 0, 7",
@@ -157,7 +157,7 @@ def test_a_change_within_chance_is_neither_better_nor_worse() -> None:
 def test_numbers_show_as_many_digits_as_their_interval_supports() -> None:
     assert (places(6.45, 6.81), places(0.0001, 0.0002), places(1000, 3000)) == (2, 5, 0)
     assert number(6.4444, 2) == "6.44"
-    assert span(1000.4, 3000.4, 0) == "1,000 – 3,000"
+    assert span(1000.4, 3000.4, 0) == "1,000–3,000"
     assert gap(Difference(-0.025, -0.05, 0.0, 0.04, 100), share=True) == "-2.5 pp"
 
 
@@ -171,13 +171,13 @@ def test_curves_leave_out_what_was_not_measured() -> None:
     assert smooth([(0, 0.0), (1, 3.0), (2, 6.0), (3, 0.0)], 3) == [(0, 1.5), (1, 3.0), (2, 3.0), (3, 3.0)]
 
 
-def test_the_terminal_table_shows_base_beside_model() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+def test_the_terminal_table_shows_base_beside_model_and_fits_80_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(score_table([RIGHT, WORSE], model="runs/mine", base="[bold]pocket"))
     text = console.export_text()
     assert "[bold]pocket" in text
-    assert re.search(r"json_valid/valid\s+200\s+0\.5 %\s+0\.1 – 2\.8 %\s+98\.5 %\s+95\.7 – 99\.5 %\s+\+98\.0 pp\s+p < 0\.001", text)
-    assert re.search(r"general/perplexity\s+200\s+6\.42\s+6\.25 – 6\.59\s+6\.64\s+6\.45 – 6\.81\s+\+0\.211\s+p = 0\.001", text)
+    assert re.search(r"json_valid valid +200 +0\.5 % \[0\.1–2\.8\] +98\.5 % \[95\.7–99\.5\] +\+98\.0 pp +p < 0\.001", text)
+    assert re.search(r"general +200 +6\.42 \[6\.25–6\.59\] +6\.64 \[6\.45–6\.81\] +\+0\.211 +p = 0\.001", text)
 
 
 def test_what_cannot_be_seen_is_said() -> None:

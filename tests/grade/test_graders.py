@@ -133,6 +133,7 @@ CHOICE: list[Case] = [
     ("**B**", "B", {}, 1),
     ("Answer: D", "D", {}, 1),
     ("E", "A", {}, 0),
+    ("e", "E", {"letters": "abcde"}, 1),
 ]
 ALL = {
     "exact": EXACT,
@@ -179,6 +180,8 @@ def test_grade(name: str, case: Case) -> None:
         ("choice", "F", {}, "truth_not_option"),
         ("choice", "Berlin", CITIES, "truth_not_option"),
         ("choice", "A", {"options": ["x", "X "]}, "bad_options"),
+        ("choice", "A", {"letters": "A-D"}, "bad_options"),
+        ("choice", "A", {"letters": ""}, "bad_options"),
     ],
 )
 def test_misuse_is_an_error_and_never_a_zero(name: str, truth: str, settings: dict[str, Any], code: str) -> None:

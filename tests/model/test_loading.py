@@ -53,8 +53,21 @@ def test_resolve_knows_folders_runs_and_hub_ids(base, tmp_path):
         with pytest.raises(ModelError) as caught:
             resolve(wrong)
         assert caught.value.code == "no_model"
-    with pytest.raises(ModelError, match="did you mean '.*base'"):
+    with pytest.raises(ModelError, match=r"did you mean .*base"):
         resolve(str(tmp_path / "bse"))
+
+
+def test_a_hub_id_that_cannot_be_reached_fails_at_once(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://nowhere.invalid")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for load in (lambda: load_tokenizer("pocke"), lambda: load_base(recipe.Model(base="pocke"), "cpu", training=True)):
+        with pytest.raises(ModelError, match="did you mean 'pocket'") as caught:
+            load()
+        assert caught.value.code == "no_model"
 
 
 def test_a_tensor_with_nan_is_named(base):

@@ -171,3 +171,27 @@ def test_full_bf16_keeps_fp32_weights_and_stays_near():
     assert {g.dtype for g in ours.values()} == {torch.float32}
     theirs = gradients(exact.model, -exact.score(BATCH).logp.sum())
     assert largest_gap(ours, theirs) < 0.05
+
+
+def test_attention_dropout_is_drawn_per_document_in_training_only():
+    batch = make_batch((30, 12, 800))
+    policy = make_policy(make_model(attention_dropout=0.3, max_position_embeddings=1024))
+    still = policy.score(batch).logp
+    torch.testing.assert_close(still, one_by_one(policy.model, batch), rtol=1e-5, atol=2e-5)
+    policy.train_mode(True)
+    assert float((policy.score(batch).logp - still).detach().abs().mean()) > 1e-3
+    policy.train_mode(False)
+    assert torch.equal(policy.score(batch).logp, still)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_nothing_behind_the_last_trained_token_is_computed(packed):
+    train = BATCH.train.copy()
+    for segment in BATCH.segments:
+        train[segment.start + 2 : segment.stop] = 0
+        train[segment.start + 1] = 1
+    policy = make_policy(make_model(), packed=packed)
+    seen = []
+    policy.causal.get_input_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.shape[0] * out.shape[1]))
+    policy.score(Batch(BATCH.ids, train, BATCH.segments))
+    assert seen[0] == len(BATCH.segments)

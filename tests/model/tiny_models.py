@@ -11,10 +11,18 @@ from tunesmith.core.types import Batch, Segment
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
 
-BASE = dict(
-    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+BASE = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def make_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal
 
@@ -16,7 +16,7 @@ from tunesmith.data.detect import LOOK, check_columns, detect, hold
 from tunesmith.data.formats import COLUMNS, FORMATS
 from tunesmith.data.ledger import Fate, Ledger, Part
 from tunesmith.data.notes import explain
-from tunesmith.data.overlong import cut_prompt, split_dialog, split_text, surely_over
+from tunesmith.data.overlong import cut_prompt, last_part, split_dialog, split_text, surely_over
 from tunesmith.data.problem import Problem
 from tunesmith.data.render import Rendered, render
 from tunesmith.data.sources import read
@@ -240,12 +240,13 @@ class _Gatherer:
             return _Row(rendered, [piece for item in rendered for piece in split_text(item.tokens, limit, self._bos)], "split")
 
         def fits(shorter: Dialog) -> bool:
-            return all(len(item.tokens) <= limit for item in self._rendered(shorter))
+            return not _learns(shorter) or all(len(item.tokens) <= limit for item in self._rendered(shorter))
 
         kept: list[Rendered] = []
         lost: list[str] = []
-        for piece in split_dialog(_only_last(example) if self._recipe.data.turns == "last" else example, fits):
-            if not any(message.weight for message in piece.messages if message.role == "assistant"):
+        pieces = [last_part(example, fits)] if self._recipe.data.turns == "last" else split_dialog(example, fits)
+        for piece in pieces:
+            if not _learns(piece):
                 continue
             forms = self._rendered(piece)
             if all(len(item.tokens) <= limit for item in forms):
@@ -270,13 +271,8 @@ class _Gatherer:
             heapq.heapreplace(heap, item)
 
 
-def _only_last(dialog: Dialog) -> Dialog:
-    last = max(place for place, message in enumerate(dialog.messages) if message.role == "assistant")
-    turns = (
-        replace(message, weight=0.0) if message.role == "assistant" and place != last else message
-        for place, message in enumerate(dialog.messages)
-    )
-    return replace(dialog, messages=tuple(turns))
+def _learns(dialog: Dialog) -> bool:
+    return any(message.weight for message in dialog.messages if message.role == "assistant")
 
 
 def prompt_of(dialog: Dialog) -> Prompt | None:

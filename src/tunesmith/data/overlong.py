@@ -52,12 +52,10 @@ def split_text(tokens: Tokens, limit: int, bos: int | None) -> list[Tokens]:
 def split_dialog(dialog: Dialog, fits: Callable[[Dialog], bool]) -> Iterator[Dialog]:
     """Shorter dialogs of consecutive exchanges, each with the system turns in front, each as long as `fits` allows.
 
-    An exchange runs from a user turn to the end of the answer (with the tool calls between). One that does not fit even
-    alone is yielded as it is; the caller drops it. Keys are `key#1`, `key#2`, ...
+    An exchange runs from a user turn (or a later system turn before it) to the end of the answer, tool calls included. One
+    that does not fit even alone is yielded as it is; the caller drops it. Keys are `key#1`, `key#2`, ...
     """
-    turns = dialog.messages
-    spoken = next((place for place, message in enumerate(turns) if message.role not in ("system", "developer")), len(turns))
-    system, exchanges = turns[:spoken], _exchanges(turns[spoken:])
+    system, exchanges = _parted(dialog)
     start, number = 0, 0
     while start < len(exchanges):
         stop = start + 1
@@ -68,14 +66,34 @@ def split_dialog(dialog: Dialog, fits: Callable[[Dialog], bool]) -> Iterator[Dia
         start = stop
 
 
+def last_part(dialog: Dialog, fits: Callable[[Dialog], bool]) -> Dialog:
+    """The end of a dialog with as many earlier exchanges as `fits` allows, for when only the last answer is trained.
+
+    Key `key#1`. The last exchange is given even when it does not fit alone.
+    """
+    system, exchanges = _parted(dialog)
+    for start in range(1, len(exchanges)):
+        shorter = _dialog(dialog, system, exchanges[start:], 1)
+        if fits(shorter):
+            return shorter
+    return _dialog(dialog, system, exchanges[-1:], 1)
+
+
+def _parted(dialog: Dialog) -> tuple[tuple[Message, ...], list[list[Message]]]:
+    turns = dialog.messages
+    spoken = next((place for place, message in enumerate(turns) if message.role not in ("system", "developer")), len(turns))
+    return turns[:spoken], _exchanges(turns[spoken:])
+
+
 def _exchanges(turns: tuple[Message, ...]) -> list[list[Message]]:
     out: list[list[Message]] = []
-    before = ""
+    asked = False
     for message in turns:
-        if not out or (message.role == "user" and before != "user"):
+        asks = message.role not in ("assistant", "tool")
+        if not out or (asks and not asked):
             out.append([])
         out[-1].append(message)
-        before = message.role
+        asked = asks
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tunesmith.core.errors import DataError, TunesmithError
 from tunesmith.core.log import logger
@@ -46,7 +47,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], N
     """
     template = choose_template(tokenizer, recipe.model.template, dict(recipe.model.template_options))
     prompts = max(_PROMPTS, recipe.run.samples)
-    folder = cache.root() / cache.cache_key(recipe, tokenizer, template.hash, prompts) if recipe.tokens.cache else None
+    folder = _folder(recipe, tokenizer, template, prompts)
     stored = cache.fetch(folder) if folder is not None else None
     if stored is None or (recipe.data.on_bad == "refuse" and stored.ledger.refused):
         gathered = gather(recipe, tokenizer, template, prompts, progress)
@@ -59,6 +60,15 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], N
         logger.info("tokens from the cache: %s", folder)
     _warn(stored.ledger, template)
     return Prepared(stored.train, stored.validation, stored.ledger, template, stored.prompts[: recipe.run.samples])
+
+
+def _folder(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate, prompts: int) -> Path | None:
+    if not recipe.tokens.cache:
+        return None
+    try:
+        return cache.root() / cache.cache_key(recipe, tokenizer, template.hash, prompts)
+    except DataError:
+        return None  # a source cannot be read: reading them all finds every such source, not only the first
 
 
 def check_rows(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], None] | None = None) -> tuple[list[Problem], Ledger]:

@@ -101,11 +101,12 @@ def find_views(chat: Chat, turns: Literal["all", "last"]) -> list[View]:
     alone: list[Span] = []
     whole = chat.text(last + 1)
     for turn in wanted:
-        span = _in_whole(chat, turn, whole) if turn < last else find_span(chat, turn, chat.words(turn + 1).words.get(turn))
-        if span is None:
-            alone.append(find_span(chat, turn, chat.words(turn + 1).words.get(turn)))
-        else:
+        own = find_span(chat, turn, chat.words(turn + 1).words.get(turn)) if turn == last else None
+        span = own if own is not None and whole.startswith(own.text[: own.start]) else _in_whole(chat, turn, whole) if own is None else None
+        if span is not None:
             together.append(span)
+        else:
+            alone.append(own or find_span(chat, turn, chat.words(turn + 1).words.get(turn)))
     views = []
     if together:
         text = together[-1].text if together[-1].turn == last else whole

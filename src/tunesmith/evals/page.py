@@ -30,7 +30,7 @@ table{border-collapse:collapse;width:100%;font-size:14px}
 th{font-weight:500;color:var(--soft);text-align:left;font-size:12.5px;padding:0 16px 8px 0;border-bottom:1px solid var(--rule);
 vertical-align:bottom}
 td{padding:9px 16px 9px 0;border-bottom:1px solid var(--rule);vertical-align:top}
-td.mid,.scores td{vertical-align:middle}
+.scores td{vertical-align:middle}
 th:last-child,td:last-child{padding-right:0}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .scores .value{font-size:17px;font-weight:600}.scores .range{color:var(--soft);font-size:12.5px;display:block}
@@ -53,17 +53,16 @@ th:last-child,td:last-child{padding-right:0}
 .mark{border-radius:4px;padding:0 7px;font-size:12px;font-weight:600;line-height:19px}
 .mark.yes{background:var(--good-wash);color:var(--good)}.mark.no{background:var(--bad-wash);color:var(--bad)}
 .mark.part{background:var(--panel);color:var(--soft)}
-.role{color:var(--soft);font-size:12px;margin:8px 0 2px}.role:first-child{margin-top:0}
-.columns{display:grid;grid-template-columns:1fr 1fr;gap:0 44px}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:5px 18px;margin:0;font-size:13.5px}
 dd{margin:0;overflow-wrap:anywhere}
 details{border-top:1px solid var(--rule)}details:last-of-type{border-bottom:1px solid var(--rule)}
 summary{cursor:pointer;padding:10px 0;font-weight:500}details>*:not(summary){margin-bottom:16px}
 .block{background:var(--panel);border-radius:8px;padding:14px 16px;max-height:560px}
-.meter{display:flex;height:10px;border-radius:3px;overflow:hidden;background:var(--panel);margin:2px 0 10px}
+details>.block{margin-bottom:18px}
+.meter{display:flex;height:10px;border-radius:3px;overflow:hidden;background:var(--panel);margin:6px 0 0}
 .meter span{display:block;height:100%}
 footer{margin-top:56px;color:var(--soft);font-size:12.5px}
-@media (max-width:720px){main{padding:28px 18px 48px}.curves,.columns,.sample .pair{grid-template-columns:minmax(0,1fr)}
+@media (max-width:720px){main{padding:28px 18px 48px}.curves,.sample .pair{grid-template-columns:minmax(0,1fr)}
 .sample .pair>div+div{border-left:0;border-top:1px solid var(--rule)}
 .curves .wide-figure{overflow-x:auto}.curves .wide-figure svg{min-width:560px}.curves figure:not(.wide-figure) svg{max-width:330px}}
 @media print{:root{--paper:#fff;--panel:#f6f7f9;--ink:#000;--soft:#444;--rule:#ccc;--tuned:#0b62d6;--base:#c2571a;
@@ -112,9 +111,9 @@ def facts(values: Mapping[str, Any]) -> str:
     return f"<dl>{rows}</dl>" if rows else ""
 
 
-def folded(title: str, body: str, *, opened: bool = False) -> str:
-    """A part that opens at a click (and always on paper is left as the reader had it)."""
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>" if body else ""
+def folded(title: str, body: str) -> str:
+    """A part that opens at a click, and stands open on paper."""
+    return f"<details><summary>{escape(title)}</summary>{body}</details>" if body else ""
 
 
 def block(text: str) -> str:

@@ -13,7 +13,7 @@ from tunesmith.core import files
 from tunesmith.core.types import Score
 from tunesmith.evals import page
 from tunesmith.evals.curves import curves, picture
-from tunesmith.evals.result import Result, gap, gap_span, number, p_text, span
+from tunesmith.evals.result import Result, gap, gap_span, number, p_text, places, span
 from tunesmith.evals.stats import Interval
 
 _ROLES = {"assistant": "var(--tuned)", "user": "var(--soft)", "system": "var(--base)", "tool": "var(--good)"}
@@ -127,7 +127,8 @@ def _reading(result: Result) -> str:
 def _value(value: float | None, ends: Interval | None, result: Result) -> str:
     if value is None:
         return "–"
-    said = f'<span class="value">{number(value, result.decimals, share=result.share)}</span>'
+    decimals = result.decimals if ends else min(result.decimals, places(0, value) + 1)
+    said = f'<span class="value">{number(value, decimals, share=result.share)}</span>'
     return said + (f'<span class="range">{span(ends.low, ends.high, result.decimals, share=result.share)}</span>' if ends else "")
 
 
@@ -211,7 +212,7 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
     )
     reasons = [(part, reason) for part in ledger["parts"] for reason in part["reasons"]]
     why = page.table(
-        ["rows", "what happened", "why", "which"],
+        ["rows", "what", "why", "which"],
         [
             [
                 f"{reason['count']:,}",

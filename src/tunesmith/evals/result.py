@@ -34,8 +34,8 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Task and metric as one name, e.g. `json_fields/accuracy`."""
-        return self.score.task if self.score.task == self.score.metric else f"{self.score.task}/{self.score.metric}"
+        """Task and metric as one name, e.g. `json_fields accuracy`."""
+        return self.score.task if self.score.task == self.score.metric else f"{self.score.task} {self.score.metric}"
 
     @property
     def decimals(self) -> int:
@@ -89,8 +89,8 @@ def number(value: float, decimals: int, *, share: bool = False) -> str:
 
 
 def span(low: float, high: float, decimals: int, *, share: bool = False) -> str:
-    """An interval for people."""
-    return f"{100 * low:.1f} – {100 * high:.1f} %" if share else f"{low:,.{decimals}f} – {high:,.{decimals}f}"
+    """An interval for people; the percent sign stands with the value."""
+    return f"{100 * low:.1f}–{100 * high:.1f}" if share else f"{low:,.{decimals}f}–{high:,.{decimals}f}"
 
 
 def gap(difference: Difference, *, share: bool) -> str:

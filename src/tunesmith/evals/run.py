@@ -172,12 +172,16 @@ def _base_of(opened: Opened, asked: str | None) -> tuple[str | None, str | None]
         return None, None
     if asked is not None:
         return asked, None
-    recorded = opened.card.base if opened.card is not None else adapter_base(opened.folder)
-    if recorded is None or not opened.policy.adapted:
+    below = adapter_base(opened.folder)
+    recorded = opened.card.base if opened.card is not None else below
+    if recorded is None or below is None:
         return recorded, None
-    # An adapter trained on from another one: switching it off gives the base below both, not the one it started from.
-    below = opened.card is not None and opened.card.base != adapter_base(opened.folder) and adapter_base(resolve(recorded)) is not None
-    return recorded, None if below else DISABLED
+    try:
+        # An adapter trained on from another one: switching it off gives the base below both, not the one it started from.
+        trained_on = adapter_base(resolve(recorded)) is not None
+    except ModelError:
+        return below, DISABLED  # the folder was moved; what the adapter sits on was loaded and is named
+    return (recorded, None) if trained_on else (recorded, DISABLED)
 
 
 def _open_beside(opened: Opened, name: str, template: str, device: str, *, recorded: bool) -> tuple[Opened, bool]:

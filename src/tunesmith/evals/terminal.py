@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.evals.result import Result, gap, number, p_text, span
+from tunesmith.evals.stats import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,32 +18,34 @@ _COLOURS = {"better": "green", "worse": "red", "unclear": ""}
 
 
 def print_scores(report: Report) -> None:
-    """Print the table, then what a reader must know to trust it, on stdout."""
+    """Print who was scored, the table, and what a reader must know to trust it, on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    console.print(score_table(report.results, model=_short(report.model), base=_short(report.base) if report.base else None))
+    console = Console(highlight=False, markup=False)
+    console.print(f"model  {report.model}", soft_wrap=True)
+    if report.base is not None:
+        console.print(f"base   {report.base}", soft_wrap=True)
+    console.print()
+    console.print(score_table(report.results))
     seeds = ", ".join(str(seed) for seed in sorted({result.score.seed for result in report.results}))
-    console.print(f"95 % intervals; seed {seeds}; settings {report.settings_hash[:12]}", style="dim")
+    console.print(f"\nIn brackets: 95 % intervals. Seed {seeds}; settings {report.settings_hash[:12]}.", style="dim", soft_wrap=True)
     for note in report.notes:
-        console.print(note, markup=False)
+        console.print(note, soft_wrap=True)
 
 
-def score_table(results: Sequence[Result], *, model: str = "model", base: str | None = None) -> Table:
-    """The table as a rich renderable."""
+def score_table(results: Sequence[Result], *, model: str = "model", base: str = "base") -> Table:
+    """The table as a rich renderable; the base's columns only where there is one. It fits 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
     paired = any(result.score.base_value is not None for result in results)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("task", no_wrap=True)
+    table.add_column("task", overflow="fold")
     table.add_column("n", justify="right", no_wrap=True)
-    for name in [base or "base", model] if paired else [model]:
-        table.add_column(Text(name), justify="right", overflow="ellipsis", no_wrap=True)
-        table.add_column("95 %", style="dim", no_wrap=True)
+    for name in [base, model] if paired else [model]:
+        table.add_column(Text(name), justify="right", no_wrap=True, overflow="ellipsis")
     if paired:
         table.add_column("difference", justify="right", no_wrap=True)
-        table.add_column("", style="dim", no_wrap=True)
     for result in results:
         table.add_row(*_cells(result, paired))
     return table
@@ -52,16 +55,16 @@ def _cells(result: Result, paired: bool) -> list[Text]:
     from rich.text import Text
 
     score, share, decimals = result.score, result.share, result.decimals
+
+    def value(middle: float, ends: Interval | None, style: str) -> Text:
+        around = f" [{span(ends.low, ends.high, decimals, share=share)}]" if ends else ""
+        return Text.assemble((number(middle, decimals, share=share), style), (around, "dim"))
+
     cells = [Text(result.name), Text(str(score.n))]
     if paired:
-        cells.append(Text("–" if score.base_value is None else number(score.base_value, decimals, share=share)))
-        cells.append(Text(span(result.base.low, result.base.high, decimals, share=share) if result.base else ""))
-    cells += [Text(number(score.value, decimals, share=share), style="bold"), Text(span(score.low, score.high, decimals, share=share))]
+        cells.append(Text("–") if score.base_value is None else value(score.base_value, result.base, ""))
+    cells.append(value(score.value, Interval(score.value, score.low, score.high, score.n), "bold"))
     if paired and result.difference:
-        cells.append(Text(gap(result.difference, share=share), style=_COLOURS[result.change]))
-        cells.append(Text(p_text(result.difference.p_value)))
+        found = result.difference
+        cells.append(Text.assemble((gap(found, share=share), _COLOURS[result.change]), (f"  {p_text(found.p_value)}", "dim")))
     return cells
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"…{name[-23:]}"

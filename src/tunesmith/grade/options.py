@@ -24,8 +24,10 @@ def choice(prompt: str, answer: str, truth: str, *, options: Sequence[str] = (),
     An answer that chooses none or several is worth 0 and the reason says so.
     Raises GradeError when the truth is none of the options, or when two options read the same.
     """
-    known = LETTERS[: len(options)] if options else letters
+    known = LETTERS[: len(options)] if options else letters.upper()
     texts = [normal(text, ignore_case=True, ignore_punctuation=True) or normal(text, ignore_case=True) for text in options]
+    if set(known) - set(LETTERS) or not known:
+        raise GradeError(f"the letters {letters!r} are not all of A to Z", where="letters", remedy="write e.g. ABCDE", code="bad_options")
     if len(set(texts)) != len(texts) or len(options) > len(LETTERS) or not all(texts):
         raise GradeError(
             f"the options {list(options)!r} are too many, empty or not different",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tunesmith.core.types import Batch
+from tunesmith.core.types import Batch, Segment
 from tunesmith.model.layout import Layout
 
 WASTE = 1.3  # rows are padded together while no more than this many times their real tokens are computed
@@ -33,6 +33,19 @@ class Pass:
     layout: Layout | None = field(default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The part of a document that goes through the model: positions start..stop-1, of `length` that it has."""
+
+    start: int
+    stop: int
+    length: int
+
+    @property
+    def inputs(self) -> int:
+        return self.stop - self.start
+
+
 def passes(
     batch: Batch,
     device: torch.device,
@@ -41,63 +54,73 @@ def passes(
     side: Literal["left", "right"] = "right",
     alone_from: int | None = None,
 ) -> list[Pass]:
-    """The forward passes that cover every document with a trained token.
+    """The forward passes that cover every document up to its last trained token, which is a target and no input.
 
-    `alone_from`: documents longer than this go through the model alone, because its positions depend on the longest one.
+    `alone_from`: documents longer than this go through the model alone and whole, because its positions depend on the
+    longest one.
     """
-    spans = [(s.start, s.stop) for s in batch.segments if batch.train[s.start : s.stop].any()]
-    spans.sort(key=lambda span: span[0] - span[1])
-    single = [[s] for s in spans if alone_from is not None and s[1] - s[0] > alone_from]
+    spans = [_span(batch, s, whole=alone_from is not None) for s in batch.segments if batch.train[s.start : s.stop].any()]
+    spans.sort(key=lambda span: -span.inputs)
+    single = [[s] for s in spans if alone_from is not None and s.inputs > alone_from]
     together = spans[len(single) :]
     if layout == "packed":
         return [_packed(batch, group, device) for group in [*single, *([together] if together else [])]]
     return [_padded(batch, group, device, side) for group in [*single, *_alike(together)]]
 
 
-def _alike(spans: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    groups: list[list[tuple[int, int]]] = []
+def _span(batch: Batch, segment: Segment, *, whole: bool) -> Span:
+    last = segment.start + int(np.flatnonzero(batch.train[segment.start : segment.stop])[-1])
+    return Span(segment.start, segment.stop if whole else last, segment.stop - segment.start)
+
+
+def _alike(spans: Sequence[Span]) -> list[list[Span]]:
+    groups: list[list[Span]] = []
     real = 0
-    for a, b in spans:
-        if groups and (groups[-1][0][1] - groups[-1][0][0]) * (len(groups[-1]) + 1) <= WASTE * (real + b - a):
-            groups[-1].append((a, b))
-            real += b - a
+    for span in spans:
+        if groups and groups[-1][0].inputs * (len(groups[-1]) + 1) <= WASTE * (real + span.inputs):
+            groups[-1].append(span)
+            real += span.inputs
         else:
-            groups.append([(a, b)])
-            real = b - a
+            groups.append([span])
+            real = span.inputs
     return groups
 
 
-def _packed(batch: Batch, spans: Sequence[tuple[int, int]], device: torch.device) -> Pass:
-    layout = Layout([b - a for a, b in spans], device)
-    ids = np.concatenate([batch.ids[a:b] for a, b in spans]).astype(np.int64)
+def _packed(batch: Batch, spans: Sequence[Span], device: torch.device) -> Pass:
+    layout = Layout([span.inputs for span in spans], device)
+    ids = np.concatenate([batch.ids[span.start : span.stop] for span in spans]).astype(np.int64)
     index, rows = _places(batch, spans, layout.starts)
-    lengths = np.repeat(layout.lengths, layout.lengths).astype(np.float32)
+    lengths = np.repeat([span.length for span in spans], layout.lengths).astype(np.float32)
     arguments = {"position_ids": layout.positions[None], "tunesmith_layout": layout}
     return Pass(_send(ids, device)[None], arguments, _send(lengths, device)[None], index, _send(rows, device), layout)
 
 
-def _padded(batch: Batch, spans: Sequence[tuple[int, int]], device: torch.device, side: str) -> Pass:
+def _padded(batch: Batch, spans: Sequence[Span], device: torch.device, side: str) -> Pass:
     """Right padding needs no mask: a causal model never looks ahead, and what stands behind a document is not scored."""
-    lengths = np.array([b - a for a, b in spans])
-    width = int(lengths.max())
+    inputs = np.array([span.inputs for span in spans])
+    width = int(inputs.max())
     ids = np.zeros((len(spans), width), np.int64)
-    offsets = width - lengths if side == "left" else np.zeros_like(lengths)
-    for row, (a, b) in enumerate(spans):
-        ids[row, offsets[row] : offsets[row] + b - a] = batch.ids[a:b]
+    offsets = width - inputs if side == "left" else np.zeros_like(inputs)
+    for row, span in enumerate(spans):
+        ids[row, offsets[row] : offsets[row] + span.inputs] = batch.ids[span.start : span.stop]
     index, rows = _places(batch, spans, np.arange(len(spans)) * width + offsets)
     arguments: dict[str, Any] = {}
     if side == "left":
         mask = np.arange(width)[None] >= offsets[:, None]
         arguments = {"attention_mask": _send(mask.astype(np.int64), device)}
         arguments["position_ids"] = _send(np.maximum(np.cumsum(mask, 1) - 1, 0), device)
-    return Pass(_send(ids, device), arguments, _send(lengths.astype(np.float32), device)[:, None], index, _send(rows, device))
+    lengths = np.array([[span.length] for span in spans], np.float32)
+    return Pass(_send(ids, device), arguments, _send(lengths, device), index, _send(rows, device))
 
 
-def _places(batch: Batch, spans: Sequence[tuple[int, int]], starts: Ints) -> tuple[Ints, Ints]:
+def _places(batch: Batch, spans: Sequence[Span], starts: Ints) -> tuple[Ints, Ints]:
+    """Positions of the trained tokens in the batch, and the flat places of the states one before each."""
     index, rows = [], []
-    for (a, b), start in zip(spans, starts, strict=False):
-        trained = np.flatnonzero(batch.train[a:b])
-        index.append(a + trained)
+    for span, start in zip(spans, starts, strict=False):
+        # Up to and including `stop`: where the document was cut it is the last target, elsewhere the next document's
+        # first token, which is never trained.
+        trained = np.flatnonzero(batch.train[span.start : span.stop + 1])
+        index.append(span.start + trained)
         rows.append(start + trained - 1)
     return np.concatenate(index), np.concatenate(rows)
 

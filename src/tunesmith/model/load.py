@@ -12,7 +12,7 @@ from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError
 from tunesmith.core.log import logger
 from tunesmith.core.seed import seed_of
-from tunesmith.model.tokenizer import adapter_base, load_tokenizer, no_model, resolve
+from tunesmith.model.tokenizer import adapter_base, demand_reachable, load_tokenizer, no_model, resolve
 
 __all__ = ["check_vocabulary", "choose_device", "choose_dtype", "load_base", "load_tokenizer", "resolve", "seeded"]
 
@@ -72,10 +72,12 @@ def load_base(settings: recipe.Model, device: torch.device | str, *, training: b
     if training and settings.adapter is None:
         dtype = torch.float32
     place = resolve(settings.base)
+    demand_reachable(place)
     if settings.init == "random":
         model = _random(place, settings.revision, dtype, seed)
     else:
         below = adapter_base(place)
+        demand_reachable(below or place)
         model = _weights(below or place, settings.revision if below is None else None, dtype)
         if below is not None:
             model = _merge(model, place)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.core import recipe
 from tunesmith.core.errors import BugError, ModelError
+from tunesmith.core.files import read_json, write_json
 from tunesmith.core.log import logger
 from tunesmith.core.types import Batch, Outputs
 from tunesmith.model import adapter as adapters
@@ -21,7 +22,7 @@ from tunesmith.model.forward import Pass, passes
 from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
 from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded
 from tunesmith.model.positions import alone_from
-from tunesmith.model.tokenizer import adapter_base, resolve
+from tunesmith.model.tokenizer import CONFIG, adapter_base, resolve
 
 __all__ = ["Policy", "build_policy", "load_policy", "seeded"]
 
@@ -203,13 +204,13 @@ class Policy:
         if self.adapted:
             self.model.save_pretrained(folder, save_embedding_layers=False)
             return
-        config = self.causal.config
-        before = config.dtype
-        config.dtype = self.dtype
-        try:
-            self.causal.save_pretrained(folder, state_dict=None if self.dtype == torch.float32 else self._rounded())
-        finally:
-            config.dtype = before
+        if self.dtype == torch.float32:
+            self.causal.save_pretrained(folder)
+            return
+        self.causal.save_pretrained(folder, state_dict=self._rounded())
+        # transformers writes the precision the live model has; readers that load in "auto" must find that of the files.
+        written = read_json(folder / CONFIG)
+        write_json(folder / CONFIG, {**written, "dtype": str(self.dtype).removeprefix("torch.")})
 
     def _rounded(self) -> dict[str, Tensor]:
         """The state in `dtype`; tied weights stay one tensor, or both copies would be written."""

@@ -50,6 +50,32 @@ def no_model(base: str, reason: str = "there is no such folder") -> ModelError:
     )
 
 
+def demand_reachable(place: str) -> None:
+    """Raises ModelError `no_model` at once when `place` is a hub id that is neither cached nor reachable.
+
+    Without this a misspelt folder would be looked for on the hub, with retries, for the better part of a minute.
+    """
+    if Path(place).is_dir():
+        return
+    import socket
+    import urllib.request
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if any(isinstance(try_to_load_from_cache(place, name), str) for name in (CONFIG, ADAPTER)):
+            return
+        if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+            return  # transformers answers at once; behind a proxy this machine may resolve no names itself
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except HFValidationError as error:
+        raise no_model(place, "this is neither a folder nor a hub id") from error
+    except OSError as error:
+        raise no_model(place, "there is no such folder, it is not in the cache, and the hub cannot be reached") from error
+
+
 def adapter_base(folder: str) -> str | None:
     """The base that an adapter folder names, or None when the folder holds a whole model."""
     path = Path(folder) / ADAPTER
@@ -75,6 +101,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     below = adapter_base(place)
     if below is not None and not (Path(place) / "tokenizer_config.json").is_file():
         return load_tokenizer(below, revision)
+    demand_reachable(place)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
     except (OSError, ValueError, KeyError) as error:
