@@ -26,7 +26,7 @@ from tunesmith.core.files import write_text
 from tunesmith.core.types import Dialog, Message
 from tunesmith.data.render import Rendered, render, stop_ids
 from tunesmith.data.stops import find_stops
-from tunesmith.data.template import ChatTemplate, as_rows, choose_template
+from tunesmith.data.template import ChatTemplate, as_rows
 
 MARKS = re.compile(
     r"<\|[^|<>\s'\"]+\|>|<｜[^｜]+｜>|</?s>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<\|[a-z_]+>|<[a-z_]+\|>|\[[a-z]+\]|<sep>|<seed:[a-z]+>|\[\|[a-z]+\|\]"
@@ -134,10 +134,10 @@ def compare_mask(template: ChatTemplate, tokenizer: Any) -> str:
                 continue
             ids, mask = out["input_ids"], out["assistant_masks"]
             ours = rendered[0]
-            if len(rendered) > 1 or ours.tokens.ids.tolist()[: len(ids)] != ids:
-                said.append("own view for earlier turns" if len(rendered) > 1 else "stop token added")
-                if len(rendered) > 1:
-                    continue
+            common = min(len(ids), len(ours.tokens))
+            if len(rendered) > 1 or ours.tokens.ids.tolist()[:common] != ids[:common]:
+                said.append("own view for earlier turns" if len(rendered) > 1 else "answer tokenised apart from its prompt")
+                continue
             mask = [*mask, *[0] * (len(ours.tokens) - len(mask))]
             more: set[str] = set()
             less: set[str] = set()

@@ -12,7 +12,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import *  # noqa: F403
+    from tunesmith.api import (
+        FORMATS,
+        GRADERS,
+        OBJECTIVES,
+        TEMPLATES,
+        Completion,
+        Dialog,
+        Grade,
+        Message,
+        Opened,
+        Prompt,
+        Recipe,
+        Score,
+        Text,
+        Tokens,
+        choose_template,
+        evaluate,
+        generate,
+        load,
+        load_tokenizer,
+        render,
+        run_demo,
+        train,
+    )
 
 __version__ = "0.1.0"
 

@@ -90,3 +90,9 @@ def test_no_gradient_is_computed_below_the_first_adapter():
     policy.causal.get_input_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.requires_grad))
     policy.score(BATCH).logp.sum().backward()
     assert seen == [False]
+
+
+def test_what_peft_refuses_is_an_error_of_the_recipe():
+    with pytest.raises(RecipeError) as caught:
+        adapter.attach(make_model("mamba"), recipe.Adapter(rank=4), seed=0, base="nowhere")
+    assert caught.value.code == "no_target"

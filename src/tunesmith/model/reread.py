@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tunesmith.model.load import old_names, without_bars
+
 
 def load_plain(folder: Path, dtype: str, device: str) -> Any:
     """The model in `folder` (a full model or a PEFT adapter), in evaluation mode."""
@@ -15,7 +17,8 @@ def load_plain(folder: Path, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     kind = AutoPeftModelForCausalLM if (folder / "adapter_config.json").exists() else AutoModelForCausalLM
-    model = kind.from_pretrained(str(folder), dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    with without_bars(folder), old_names():
+        model = kind.from_pretrained(str(folder), dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     return model.to(device).eval()
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 
 from tunesmith.core.card import Card, write_card
@@ -17,14 +18,15 @@ from tunesmith.core.load import Loaded, dump_yaml
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Recipe
-from tunesmith.core.types import Prompt, Score, content_hash
+from tunesmith.core.types import Prompt, content_hash
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.render import stop_ids
 from tunesmith.data.template import ChatTemplate
+from tunesmith.evals.likelihood import row_sums
 from tunesmith.evals.report import environment, write_report
-from tunesmith.evals.result import sample_row
+from tunesmith.evals.result import Result, sample_row
 from tunesmith.evals.rows import as_text
-from tunesmith.evals.run import perplexity_score
+from tunesmith.evals.run import perplexity_result
 from tunesmith.infer.generate import generate
 from tunesmith.model.policy import Policy
 from tunesmith.training import receipt as receipts
@@ -54,6 +56,7 @@ def remember_before(run: Path, policy: Policy, tokenizer: Any, prepared: Prepare
     before = {
         "answers": answers(policy, tokenizer, prepared.template, prepared.prompts),
         "probe_logprobs": receipts.live_logprobs(policy, probes),
+        "validation_sums": row_sums(policy, list(prepared.validation))[0].tolist() if prepared.validation else None,
     }
     write_json(run / "before.json", before)
 
@@ -79,7 +82,7 @@ def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds
     live = receipts.live_logprobs(policy, probes)
     before = read_json(run / "before.json")
     after = answers(policy, tokenizer, prepared.template, prepared.prompts)
-    scores = _scores(job, prepared)
+    scores = _scores(job, before["validation_sums"])
     final = run / "final"
     save_final(final, policy, tokenizer, prepared.template, recipe)
     device = str(policy.device)
@@ -112,9 +115,12 @@ def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds
         sample_row(prompt.key, as_text(prompt.messages), prompt.truth, new, {}, base=old)
         for prompt, old, new in zip(prepared.prompts, before["answers"], after, strict=True)
     ]
+    result = _result(job, receipt, seconds)
     write_report(
         run,
         title=run.name,
+        subtitle=f"{recipe.model.base}, {'LoRA' if recipe.model.adapter else 'all weights'}",
+        facts=_facts(job, result),
         recipe_yaml=dump_yaml(loaded),
         metrics=_curve(job),
         scores=scores,
@@ -123,7 +129,6 @@ def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds
         receipt=receipt,
         environment=env,
     )
-    result = _result(job, receipt, seconds)
     write_json(run / "result.json", result)
     _demand_proof(run, receipt, probes=len(probes))
     return result
@@ -136,12 +141,12 @@ def _take_best(job: Job) -> None:
         job.policy.load_state(safetensors.torch.load_file(states.folder_of(job.run, best) / "weights.safetensors"))
 
 
-def _scores(job: Job, prepared: Prepared) -> list[Score]:
-    """Validation perplexity with its interval; the base beside it was measured before the first step."""
-    if not prepared.validation or job.progress.start_loss is None:
+def _scores(job: Job, base_sums: Sequence[float] | None) -> list[Result]:
+    """Validation perplexity beside the base's on the same rows, with intervals and their difference."""
+    if not job.validation or base_sums is None:
         return []
-    base = perplexity(job.progress.start_loss)
-    return [perplexity_score(job.policy, job.validation or [], task="validation", seed=job.recipe.run.seed, base_value=base)]
+    sums, weights = row_sums(job.policy, job.validation)
+    return [perplexity_result(sums, weights, np.asarray(base_sums), task="validation", seed=job.recipe.run.seed)]
 
 
 def save_final(final: Path, policy: Policy, tokenizer: Any, template: ChatTemplate, recipe: Recipe) -> None:
@@ -195,6 +200,18 @@ def _result(job: Job, receipt: dict[str, Any], seconds: float) -> dict[str, Any]
             **{k: receipt[k] for k in ("max_abs_logprob_diff", "tolerance", "passed", "max_abs_logprob_change_from_base")},
         },
         "report": str(job.run / "report.html"),
+    }
+
+
+def _facts(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    trained = sum(parameter.numel() for parameter in job.policy.parameters_by_name().values())
+    return {
+        "steps": result["steps"],
+        "tokens": f"{job.progress.tokens:,}",
+        "trained tokens": f"{job.progress.trained_tokens:,}",
+        "trained parameters": f"{trained:,}",
+        "tokens per second": f"{result['tokens_per_s']:,.0f}",
+        "seconds": f"{result['seconds']:.0f}",
     }
 
 

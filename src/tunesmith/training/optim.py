@@ -48,7 +48,7 @@ def lr_factor(optim: settings.Optim, step: int, total: int) -> float:
         return (step + 1) / warm
     if optim.schedule == "constant":
         return 1.0
-    # The first step after warm-up is at the peak, the last one at the final rate.
-    done = (step - warm) / max(1, total - 1 - warm)
+    # The first step after warm-up is at the peak; the final rate would be that of step `total`, so no step is spent at zero.
+    done = (step - warm) / (total - warm)
     shape = 0.5 * (1 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1 - done
     return optim.final_lr + (1 - optim.final_lr) * shape

@@ -12,16 +12,18 @@ import numpy as np
 import psutil
 import torch
 
-import tunesmith
 from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import file_hash, folder_hash, read_json
+from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Tokens
 from tunesmith.data.dataset import TokenSet
 from tunesmith.data.pack import pack
+from tunesmith.data.prepare import Prepared
 from tunesmith.evals.report import environment
 from tunesmith.model.load import choose_device
 from tunesmith.model.policy import Policy
 from tunesmith.model.reread import load_plain, plain_logprobs
+from tunesmith.training.state import Identity
 
 PROBES = 4
 PROBE_ANSWER = 32
@@ -108,9 +110,15 @@ def model_hash(folder: str, revision: str | None) -> str:
     return folder_hash(path, (".safetensors", ".bin", "config.json"))
 
 
+def identify(recipe: Recipe, base: str, prepared: Prepared) -> Identity:
+    """What a run is made of: recipe, rows, template and base weights."""
+    data = prepared.train.hash + (prepared.validation.hash if prepared.validation else "")
+    return Identity(recipe.identity(), data, prepared.template.hash, model_hash(base, recipe.model.revision))
+
+
 def code_hash() -> str:
     """SHA-256 of the installed package's source."""
-    return folder_hash(Path(tunesmith.__file__).parent, (".py", ".jinja"))
+    return folder_hash(Path(__file__).parents[1], (".py", ".jinja"))
 
 
 def final_hash(final: Path) -> dict[str, str]:

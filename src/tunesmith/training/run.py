@@ -20,12 +20,12 @@ from tunesmith.model.load import check_vocabulary, choose_device, resolve
 from tunesmith.model.policy import Policy, build_policy
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
-from tunesmith.training import finish, receipt
+from tunesmith.training import finish
 from tunesmith.training import state as states
 from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
 from tunesmith.training.parallel import Ranks, join, leave
-from tunesmith.training.receipt import precision
+from tunesmith.training.receipt import identify, precision
 from tunesmith.training.sinks import Sinks, open_sinks
 from tunesmith.training.source import Offline
 from tunesmith.training.state import Identity, Progress
@@ -110,9 +110,7 @@ def _identify(recipe: Recipe, run: Path, ranks: Ranks) -> tuple[Identity, Prepar
     if ranks.first:
         ranks.barrier()
         logger.info("%s", prepared.ledger.summary())
-    base_hash = receipt.model_hash(base, recipe.model.revision)
-    data_hash = prepared.train.hash + (prepared.validation.hash if prepared.validation else "")
-    identity = Identity(recipe.identity(), data_hash, prepared.template.hash, base_hash)
+    identity = identify(recipe, base, prepared)
     saved = states.steps_saved(run)
     if saved:
         states.demand_same(states.read_state(states.folder_of(run, saved[-1]))[1], identity, run)
