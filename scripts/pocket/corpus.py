@@ -24,7 +24,7 @@ from world import World, pick
 
 from tunesmith.core.files import write_jsonl
 from tunesmith.core.seed import seed_of
-from tunesmith.pocket import general_text, tickets
+from tunesmith.pocket import general_text, replay_text, tickets
 from tunesmith.pocket.grammar import Grammar
 
 _HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ _PRONOUNS = (("girl", "she", "her", "her"), ("boy", "he", "his", "him"))
 # Shares of documents, not of tokens: stories are long, sums are short.
 SHARES = {
     "story": 20, "report": 16, "description": 11, "list_doc": 6, "howto": 8, "email": 8, "talk": 7, "question_turns": 3,
-    "corpus.ticket": 22, "fact": 16, "record": 10, "sums": 8, "wordlist": 7,
+    "corpus.ticket": 14, "log": 14, "fact": 16, "record": 10, "sums": 8, "wordlist": 7,
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ class Writer:
             "record": Records(self.world).record,
             "sums": sums,
             "wordlist": Wordlists(self.grammar).wordlist,
+            "log": self._log,
         }
 
     def document(self, kind: str, random: Random) -> tuple[str, str]:
@@ -62,6 +63,15 @@ class Writer:
             spot = bound.get("spot", "") + bound.get("it_is", "")
             return text, f"{bound['hero']} {bound['friend']} {spot}"
         return text, text
+
+    def _log(self, random: Random) -> str:
+        """A ticket and where it went: what a later word says of an earlier sentence, which a small model sees nowhere else."""
+        desk, level = pick(random, tickets.CATEGORIES), pick(random, tickets.URGENCIES)
+        bound = {"desk": desk, "level": level}
+        bound["problem"] = self.grammar.write(f"c.{desk}", random)
+        bound["press"] = self.grammar.write(f"c.{level}", random)
+        bound["ticket"] = self.grammar.write("log_ticket", random, bound)
+        return self.grammar.write("log", random, bound)
 
     def _people(self, random: Random) -> dict[str, str]:
         rule, he, his, him = pick(random, _PRONOUNS)
@@ -119,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pocket-corpus"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=float, default=42.0, help="size of the training text")
-    parser.add_argument("--bundle", action="store_true", help="also write the general text of the package")
+    parser.add_argument("--bundle", action="store_true", help="also write the general texts of the package")
     options = parser.parse_args()
     writer, begin = Writer(), time.perf_counter()
     parts = {"train": take(writer.pages(options.seed, "train"), int(options.megabytes * 1e6))}
@@ -129,6 +139,7 @@ def main() -> None:
         print(f"{part}: {len(rows)} documents, {sum(len(row['text'].encode()) for row in rows)} bytes of text")
     if options.bundle:
         write_jsonl(general_text(), bundled(writer.documents(options.seed, "general"), 300, 150_000))
+        write_jsonl(replay_text(), bundled(writer.documents(options.seed, "replay"), 300, 150_000))
     print(f"{time.perf_counter() - begin:.1f} s")
 
 

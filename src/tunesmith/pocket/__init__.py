@@ -15,3 +15,8 @@ def folder() -> Path:
 def general_text() -> Path:
     """Held-out general text, JSON lines of {"text": str}: what the base must not forget when it is fine-tuned."""
     return _HERE / "general.jsonl"
+
+
+def replay_text() -> Path:
+    """Other general text, of the same form, to mix into fine-tuning so that less is forgotten; it shares no document with the former."""
+    return _HERE / "replay.jsonl"
