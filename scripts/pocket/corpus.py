@@ -33,7 +33,7 @@ _PRONOUNS = (("girl", "she", "her", "her"), ("boy", "he", "his", "him"))
 # Shares of documents, not of tokens: stories are long, sums are short.
 SHARES = {
     "story": 20, "report": 16, "description": 11, "list_doc": 6, "howto": 8, "email": 8, "talk": 7, "question_turns": 3,
-    "corpus.ticket": 14, "log": 14, "fact": 16, "record": 10, "sums": 8, "wordlist": 7,
+    "corpus.ticket": 12, "log": 30, "fact": 16, "record": 10, "sums": 8, "wordlist": 7,
 }  # fmt: skip
 
 
@@ -68,8 +68,8 @@ class Writer:
         """A ticket and where it went: what a later word says of an earlier sentence, which a small model sees nowhere else."""
         desk, level = pick(random, tickets.CATEGORIES), pick(random, tickets.URGENCIES)
         bound = {"desk": desk, "level": level}
-        bound["problem"] = self.grammar.write(f"c.{desk}", random)
-        bound["press"] = self.grammar.write(f"c.{level}", random)
+        bound["problem"] = self.grammar.write(f"l.{desk}", random)
+        bound["press"] = self.grammar.write(f"l.{level}", random)
         bound["ticket"] = self.grammar.write("log_ticket", random, bound)
         return self.grammar.write("log", random, bound)
 

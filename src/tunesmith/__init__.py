@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Opened,
         Prompt,
         Recipe,
+        SampleSettings,
         Score,
         Text,
         Tokens,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         render,
         run_demo,
         train,
+        write_rows,
     )
 
 __version__ = "0.1.0"
@@ -52,6 +54,7 @@ __all__ = [
     "Opened",
     "Prompt",
     "Recipe",
+    "SampleSettings",
     "Score",
     "Text",
     "Tokens",
@@ -63,6 +66,7 @@ __all__ = [
     "render",
     "run_demo",
     "train",
+    "write_rows",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tunesmith.core.files import write_jsonl as write_rows
+from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Completion, Dialog, Grade, Message, Prompt, Score, Text, Tokens
 from tunesmith.data.formats import FORMATS
@@ -30,6 +32,7 @@ __all__ = [
     "Opened",
     "Prompt",
     "Recipe",
+    "SampleSettings",
     "Score",
     "Text",
     "Tokens",
@@ -41,4 +44,5 @@ __all__ = [
     "render",
     "run_demo",
     "train",
+    "write_rows",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import pocket
-from tunesmith.core.files import read_json, write_jsonl
+from tunesmith.core.files import read_json, write_jsonl, write_text
 from tunesmith.core.log import logger
 from tunesmith.pocket import tickets
 
@@ -67,9 +67,17 @@ def write_data(folder: Path, seed: int) -> dict[str, Any]:
     write_jsonl(folder / "train.jsonl", rows[:TRAIN])
     write_jsonl(folder / "valid.jsonl", rows[TRAIN:])
     write_jsonl(folder / "test.jsonl", tickets.test_rows(TEST, seed))
+    write_text(folder / "general.jsonl", pocket.replay_text().read_text(encoding="utf-8"))
     return {
         "model": {"base": "pocket", "adapter": {"name": "lora", "rank": 16}},
-        "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "valid.jsonl")},
+        "data": {
+            "train": [
+                {"path": str(folder / "train.jsonl"), "format": "messages"},
+                # A quarter of general text against forgetting; the text that forgetting is measured on is another.
+                {"path": str(folder / "general.jsonl"), "format": "text"},
+            ],
+            "validation": str(folder / "valid.jsonl"),
+        },
         "tokens": {"max_length": 512},
         "optim": {"lr": 2e-3},
     }

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.core.load import build
 from tunesmith.data.prepare import prepare
+from tunesmith.model.reread import plain_logprobs
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
 from tunesmith.training.parallel import Ranks
+from tunesmith.training.receipt import largest_difference
 from tunesmith.training.run import train
 from tunesmith.training.source import Offline
 from tunesmith.training.step import Budget, gradient_step, validation_loss, zero_gradients
@@ -173,3 +175,20 @@ def test_the_final_folder_loads_without_us_and_says_what_the_receipt_says(tree, 
             logits = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
         for place, (token, logprob) in enumerate(zip(probe["ids"], probe["logprobs"], strict=True)):
             assert float(logits[len(probe["prompt_ids"]) + place - 1, token]) == pytest.approx(logprob, abs=1e-5)
+
+
+def test_merged_is_unmerged_and_the_disabled_adapter_is_the_base(tree):
+    from peft import AutoPeftModelForCausalLM
+
+    settings = tree("lora")
+    result = train(settings)
+    receipt = json.loads((Path(result["run"]) / "receipt.json").read_text())
+    prompts, answers = zip(*((probe["prompt_ids"], probe["ids"]) for probe in receipt["probes"]), strict=True)
+    tuned = AutoPeftModelForCausalLM.from_pretrained(result["final"]).eval()
+    said = plain_logprobs(tuned, prompts, answers)
+    with tuned.disable_adapter():
+        off = plain_logprobs(tuned, prompts, answers)
+    base = plain_logprobs(AutoModelForCausalLM.from_pretrained(settings["model"]["base"]).eval(), prompts, answers)
+    merged = plain_logprobs(tuned.merge_and_unload(), prompts, answers)
+    assert largest_difference(merged, said) < 1e-4 < largest_difference(said, base)
+    assert largest_difference(off, base) < 1e-6

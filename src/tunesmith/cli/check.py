@@ -33,10 +33,11 @@ def check(
     from tunesmith.cli.short_form import load_words
     from tunesmith.core import log
     from tunesmith.core.load import dump_yaml
-    from tunesmith.training.inspect import inspect
 
     log.set_up()
     stages = load_words(recipe, sets or [], method=method, model=model, data=data, out=out, template=template)
+    from tunesmith.training.inspect import inspect  # torch: after the words, so that a misspelt one is said at once
+
     reports = [inspect(stage) for stage in stages]
     bad = any(report["problems"] for report in reports)
     if as_json:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.files import FULL, full_disk
+from tunesmith.core.log import first_rank
 
 DONE, NO, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 3
+# What typer gives for a KeyboardInterrupt.
+CTRL_C = 130
 # A check of ours that said no, as opposed to input that is wrong.
 SAID_NO = {"reread_differs", "nothing_learned"}
 # Typer carries click inside or depends on it, by version; either way this is the class of wrong words.
@@ -23,6 +28,9 @@ def guarded(app: typer.Typer, arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         status = command.main(args=arguments, prog_name="tunesmith", standalone_mode=False)
+        sys.stdout.flush()  # here and not at exit, so that a reader who went away is noticed below
+        if status == CTRL_C:
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else DONE
     except TunesmithError as error:
         _tell(error, as_json)
@@ -33,12 +41,19 @@ def guarded(app: typer.Typer, arguments: list[str]) -> int:
         _tell(_usage(error), as_json)
         return WRONG_INPUT
     except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("\ninterrupted\n")
+        remedy = "run the same command again; training goes on from its last checkpoint"
+        _tell(TunesmithError("stopped at once", remedy=remedy, code="interrupted"), as_json)
         return INTERRUPTED
+    except SystemExit:
+        # Only typer's own answer to a closed pipe comes as this: the reader went away, see below.
+        return DONE
     except BrokenPipeError:
         # The reader of our output went away (e.g. `| head`): nothing is wrong with our work.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        _tell(_refused(error), as_json)
+        return WRONG_INPUT
 
 
 def _usage(error: Any) -> TunesmithError:
@@ -46,8 +61,18 @@ def _usage(error: Any) -> TunesmithError:
     return TunesmithError(error.format_message(), where=verb, remedy=f"see '{verb} --help'", code="usage")
 
 
+def _refused(error: OSError) -> TunesmithError:
+    """What the operating system refused, where no nearer place knew better."""
+    where = str(error.filename or "")
+    if error.errno in FULL:
+        return full_disk(Path(where))
+    return TunesmithError(
+        f"the operating system refused: {error.strerror or error}", where=where, remedy="check the path and its permissions", code="system"
+    )
+
+
 def _tell(error: TunesmithError, as_json: bool) -> None:
-    if as_json:
+    if as_json and first_rank():
         import json
 
         sys.stdout.write(json.dumps({"error": error.as_dict()}, ensure_ascii=False) + "\n")

@@ -48,6 +48,8 @@ def train(
     from tunesmith.training.run import train as run_training
 
     result = run_training(loaded, fresh=fresh)
+    if not log.first_rank():
+        return
     if as_json:
         say(result)
         return

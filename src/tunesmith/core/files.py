@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.core.errors import CapacityError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -31,8 +31,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        # Some writers (safetensors) make files that only their owner may read, whatever the user's mask says.
+        readable = aside.stat().st_mode & 0o666
         for path in sorted(aside.rglob("*")):
             if path.is_file():
+                path.chmod(readable)
                 _sync(path)
         _sync(aside)
         old = final.with_name(f".{final.name}.old-{os.getpid()}")
@@ -60,7 +63,7 @@ def full_disk(path: Path) -> CapacityError:
 
 def _is_full(error: BaseException) -> bool:
     # safetensors and torch wrap the operating system's error in their own and keep its text.
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return True
     text = str(error)
     return any(word in text for word in ("No space left", "Disk quota exceeded", "File too large", "unexpected pos"))

@@ -65,17 +65,50 @@ def set_values(tree: dict[str, Any], words: Iterable[str]) -> tuple[dict[str, An
             raise RecipeError(
                 f"'{word}' is not of the form a.b=value", where="--set", remedy="write e.g. --set optim.lr=1e-4", code="bad_set"
             )
-        value = number(yaml.safe_load(text)) if text else None
+        value = _value(word, text)
         parts = path.strip().split(".")
         node: Any = out
-        for part in parts[:-1]:
+        for place, part in enumerate(parts[:-1]):
             step = _step(node, part, word)
-            if node[step] is None or not isinstance(node[step], dict | list):
-                node[step] = {}
+            if not isinstance(node[step], dict | list):
+                node[step] = _opened(node[step], parts[: place + 1], word)
+            if parts[place + 1].isdigit() and ".".join(parts[: place + 1]) in _WORD_FOR and isinstance(node[step], dict):
+                node[step] = [node[step]]
             node = node[step]
         node[_step(node, parts[-1], word)] = value
         paths.add(path.strip())
     return out, paths
+
+
+# A list of these may be written as one entry, or as one word that stands for this key of it.
+_WORD_FOR = {"data.train": "path", "data.validation": "path", "objective": "name"}
+
+
+def _value(word: str, text: str) -> Any:
+    try:
+        return number(yaml.safe_load(text)) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"the value cannot be parsed: {' '.join(str(error).split())}",
+            where=f"--set {word}",
+            remedy="values are YAML; put quotes around text with brackets or colons",
+            code="bad_set",
+        ) from error
+
+
+def _opened(value: Any, parts: list[str], word: str) -> Any:
+    """The mapping that a word in the way of a longer path stands for; nothing that was given is lost."""
+    if value is None:
+        return {}
+    key = _WORD_FOR.get(".".join(parts)) or _WORD_FOR.get(".".join(parts[:-1]))
+    if key is None or not isinstance(value, str):
+        raise RecipeError(
+            f"'{'.'.join(parts)}' is {json.dumps(value)} and has no settings below it",
+            where=f"--set {word}",
+            remedy="see 'tunesmith schema' for every setting",
+            code="bad_set",
+        )
+    return {key: value}
 
 
 def _step(node: Any, part: str, word: str) -> str | int:

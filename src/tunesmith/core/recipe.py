@@ -6,9 +6,9 @@ against the signature of the function that the name stands for, where that table
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tunesmith.core.types import content_hash
 
@@ -16,7 +16,15 @@ from tunesmith.core.types import content_hash
 class Section(BaseModel):
     """A part of the tree: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("a number is needed")
+        return value
 
 
 class Adapter(Section):
@@ -116,6 +124,9 @@ class TokenLimits(Section):
     cache: bool = Field(True, description="keep token ids on disk by content hash")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optim(Section):
     """How the weights are moved."""
 
@@ -125,7 +136,7 @@ class Optim(Section):
     warmup: float = Field(0.03, ge=0, description="below 1: fraction of all steps; otherwise steps")
     final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
     weight_decay: float = Field(0.01, ge=0, description="on matrices only; never on norms, biases or embeddings")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
 
@@ -164,6 +175,12 @@ class Run(Section):
     out: str = "runs/run"
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     samples: int = Field(4, ge=0, description="validation prompts answered before and after, for the report")
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _on_is_a_word(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare on or off as true or false.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("micro_tokens")
     @classmethod

@@ -42,8 +42,10 @@ def detect(found: Iterable[Found], source: Source) -> str:
     first: dict[str, str] = {}
     counts: dict[str, int] = {}
     unknown: tuple[str, Row] | None = None
+    broken: Problem | None = None
     for key, row in found:
         if isinstance(row, Problem):
+            broken = broken or row
             continue
         names = shapes(row)
         if len(names) > 1:
@@ -57,7 +59,7 @@ def detect(found: Iterable[Found], source: Source) -> str:
         (one, here), (other, there) = list(first.items())[:2]
         raise _mixture(source, one, here, other, there)
     if not first:
-        raise _nothing_fits(source, unknown)
+        raise _nothing_fits(source, unknown, broken)
     name = next(iter(first))
     logger.info("%s: format %s, decided from %d rows", source.path, name, counts[name])
     return name
@@ -90,7 +92,9 @@ def _mixture(source: Source, one: str, here: str, other: str, there: str) -> Dat
     )
 
 
-def _nothing_fits(source: Source, unknown: tuple[str, Row] | None) -> DataError:
+def _nothing_fits(source: Source, unknown: tuple[str, Row] | None, broken: Problem | None) -> DataError:
+    if unknown is None and broken is not None:
+        return DataError(f"no row could be read; the first: {broken.message}", where=broken.key, remedy=broken.remedy, code="no_row")
     if unknown is None:
         return DataError("no row could be read", where=source.path, remedy="mend the file", code="no_row")
     key, row = unknown

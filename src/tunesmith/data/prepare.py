@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.core.errors import DataError, TunesmithError
+from tunesmith.core.errors import CapacityError, DataError, TunesmithError
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Prompt
@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], N
         validation = gathered.validation.build() if recipe.data.validation is not None else None
         stored = cache.Stored(gathered.train.build(), validation, gathered.ledger, gathered.prompts)
         if folder is not None:
-            cache.store(folder, stored)
+            _keep(folder, stored)
     else:
         logger.info("tokens from the cache: %s", folder)
     _warn(stored.ledger, template)
@@ -69,6 +69,14 @@ def _folder(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate, prompt
         return cache.root() / cache.cache_key(recipe, tokenizer, template.hash, prompts)
     except DataError:
         return None  # a source cannot be read: reading them all finds every such source, not only the first
+
+
+def _keep(folder: Path, stored: cache.Stored) -> None:
+    try:
+        cache.store(folder, stored)
+    except (OSError, CapacityError) as error:
+        # The cache saves time and nothing else: a run must not fail for it.
+        logger.warning("the tokens are not kept in the cache: %s", error.message if isinstance(error, CapacityError) else error)
 
 
 def check_rows(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], None] | None = None) -> tuple[list[Problem], Ledger]:

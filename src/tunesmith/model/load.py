@@ -56,6 +56,10 @@ def choose_device(name: str) -> torch.device:
         raise ModelError(
             f"unknown device '{name}'", where="run.device", remedy="use auto, cpu, cuda or cuda:1", code="no_device"
         ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(
+            f"the device '{name}' is not supported", where="run.device", remedy="use auto, cpu, cuda or cuda:1", code="no_device"
+        )
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ModelError(f"there is no device '{name}' here", where="run.device", remedy="use auto or cpu", code="no_device")
     return device

@@ -10,6 +10,7 @@ from tunesmith.core.errors import ModelError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
 
@@ -41,6 +42,15 @@ def resolve(base: str) -> str:
 def no_model(base: str, reason: str = "there is no such folder") -> ModelError:
     """The error for a model that cannot be found, with the nearest folder that exists."""
     path = Path(base).expanduser()
+    if path.is_dir():
+        return ModelError(
+            f"the model cannot be loaded: {reason}",
+            where=base,
+            remedy="name a folder that plain transformers can load: config.json, weights and tokenizer",
+            code="bad_model",
+        )
+    if path.is_file():
+        reason = "this is a file, not a folder"
     beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     return ModelError(
         f"no model '{base}': {reason}{did_you_mean(base, [*beside, 'pocket'])}",
@@ -102,6 +112,14 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
     if below is not None and not (Path(place) / "tokenizer_config.json").is_file():
         return load_tokenizer(below, revision)
     demand_reachable(place)
+    if Path(place).is_dir() and not any((Path(place) / name).is_file() for name in TOKENIZERS):
+        # transformers would build an empty tokenizer from config.json alone, and every text would become no token at all.
+        raise ModelError(
+            "the folder holds no tokenizer",
+            where=place,
+            remedy=f"save the tokenizer beside the model ({', '.join(TOKENIZERS)})",
+            code="no_tokenizer",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
     except (OSError, ValueError, KeyError) as error:

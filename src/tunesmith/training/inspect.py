@@ -12,8 +12,7 @@ from tunesmith.data.ledger import Ledger
 from tunesmith.data.prepare import Prepared, check_rows, prepare
 from tunesmith.model.load import resolve
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.objective import methods
-from tunesmith.training import finish
+from tunesmith.training import door, finish
 from tunesmith.training import state as states
 from tunesmith.training.optim import peak_lr, warmup_steps
 from tunesmith.training.receipt import identify
@@ -25,10 +24,12 @@ def inspect(loaded: Loaded) -> dict[str, Any]:
     recipe = loaded.recipe
     problems: list[dict[str, str]] = []
     derived: dict[str, Any] = {}
-    try:
-        methods(recipe.objective)
-    except TunesmithError as error:
-        problems.append(error.as_dict())
+    for check in door.CHECKS:
+        try:
+            check(recipe)
+        except TunesmithError as error:
+            problems.append(error.as_dict())
+    refused = {(problem["code"], problem["where"]) for problem in problems}
     ledger: Ledger | None = None
     try:
         base = resolve(recipe.model.base)
@@ -42,7 +43,8 @@ def inspect(loaded: Loaded) -> dict[str, Any]:
             derived = _derived(recipe, prepared)
             _check_folder(recipe, base, prepared)
     except TunesmithError as error:
-        problems.append(error.as_dict())
+        if (error.code, error.where) not in refused:
+            problems.append(error.as_dict())
     origin = {**loaded.origin, **dict.fromkeys(derived, "derived")}
     lines = [ledger.summary()] if ledger else []
     lines += [f"{name}: {value}" for name, value in derived.items()]

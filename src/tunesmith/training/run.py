@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
 from tunesmith.training import finish
 from tunesmith.training import state as states
+from tunesmith.training.door import at_the_door
+from tunesmith.training.lock import demand_free, hold
 from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
 from tunesmith.training.parallel import Ranks, join, leave
@@ -85,6 +88,9 @@ def train_one(loaded: Loaded, *, fresh: bool = False) -> Result:
     ranks = join(recipe.run.device)
     try:
         run = Path(recipe.run.out)
+        at_the_door(recipe)
+        if ranks.first:
+            demand_free(run)
         if fresh and ranks.first:
             states.set_aside(run)
         ranks.barrier()
@@ -94,14 +100,14 @@ def train_one(loaded: Loaded, *, fresh: bool = False) -> Result:
         if done is not None:
             logger.info("%s is finished already and nothing changed; use --fresh to train it again", run)
             return done
-        built = _build(loaded, run, identity, prepared, tokenizer, ranks)
-        return _train(loaded, built, started)
+        with ExitStack() as held:
+            built = _build(loaded, run, identity, prepared, tokenizer, ranks, held)
+            return _train(loaded, built, started)
     finally:
         leave()
 
 
 def _identify(recipe: Recipe, run: Path, ranks: Ranks) -> tuple[Identity, Prepared, Any]:
-    methods(recipe.objective)  # a misspelt objective is an error before any work
     base = resolve(recipe.model.base)
     tokenizer = load_tokenizer(base, recipe.model.revision)
     if not ranks.first:
@@ -124,7 +130,7 @@ def _identify(recipe: Recipe, run: Path, ranks: Ranks) -> tuple[Identity, Prepar
     return identity, prepared, tokenizer
 
 
-def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, tokenizer: Any, ranks: Ranks) -> Built:
+def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, tokenizer: Any, ranks: Ranks, held: ExitStack) -> Built:
     recipe = loaded.recipe
     device = str(choose_device(recipe.run.device if ranks.world == 1 else _rank_device(recipe.run.device, ranks)))
     torch.manual_seed(recipe.run.seed)
@@ -141,9 +147,12 @@ def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, to
     lr = peak_lr(recipe.optim, recipe.model.adapter is not None)
     optimizer = build_optimizer(recipe.optim, lr, parameters)
     progress = Progress()
-    saved = states.steps_saved(run)
     if ranks.first:
         run.mkdir(parents=True, exist_ok=True)
+        held.enter_context(hold(run))
+    ranks.barrier()
+    saved = states.steps_saved(run)
+    if ranks.first:
         write_text(run / "recipe.yaml", dump_yaml(loaded))
         write_json(run / "ledger.json", prepared.ledger.as_dict())
         finish.remember_before(run, policy, tokenizer, prepared, fresh=not saved)

@@ -99,16 +99,25 @@ class Bar:
         self._bar.stop()
 
 
+# Tracker -> the package that must be there.
+PACKAGES = {name: name for name in ("tensorboard", "wandb", "mlflow", "trackio")}
+
+
+def missing_package(package: str) -> RecipeError:
+    """The error for a tracker whose package is not installed."""
+    return RecipeError(
+        f"the tracker needs the package '{package}', which is not installed",
+        where="run.trackers",
+        remedy=f"pip install {package}, or take it out of run.trackers",
+        code="missing_package",
+    )
+
+
 def _import(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RecipeError(
-            f"the tracker needs the package '{package}', which is not installed",
-            where="run.trackers",
-            remedy=f"pip install {package}, or take it out of run.trackers",
-            code="missing_package",
-        ) from error
+        raise missing_package(package) from error
 
 
 class TensorBoard:

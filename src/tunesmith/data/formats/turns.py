@@ -23,7 +23,7 @@ def fail(key: str, field: str, code: str, message: str, remedy: str = "") -> NoR
     raise DataError(
         f"{field}: {message}" if field else message,
         where=key,
-        remedy=remedy or "mend the row, or drop it with data.on_bad: drop",
+        remedy=remedy or "mend the row",
         code=code,
     )
 
@@ -153,7 +153,7 @@ def led_by_system(row: Row, messages: list[Message], key: str) -> list[Message]:
 
 def unsupported(key: str, field: str, what: str) -> NoReturn:
     """Refuse pictures, sound and the like."""
-    fail(key, field, "unsupported_part", f"{what} cannot be trained on: text only", "leave such rows out with data.on_bad: drop")
+    fail(key, field, "unsupported_part", f"{what} cannot be trained on: text only", "keep the text alone")
 
 
 def refuse_media(row: Row, key: str) -> None:

@@ -1,0 +1,69 @@
+"""What can be known to be wrong before any row is read: objective, device, trackers, base weights, run folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tunesmith.core.errors import ModelError, RecipeError
+from tunesmith.core.recipe import Recipe
+from tunesmith.model.load import choose_device
+from tunesmith.model.tokenizer import ADAPTER, resolve
+from tunesmith.objective import methods
+from tunesmith.training.sinks import PACKAGES, missing_package
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def _objective(recipe: Recipe) -> None:
+    methods(recipe.objective)
+
+
+def _device(recipe: Recipe) -> None:
+    device = choose_device(recipe.run.device)
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            f"'{recipe.run.device}' is one device, and several processes were started",
+            where="run.device",
+            remedy="use auto, cpu or cuda; each process takes its own",
+            code="one_device",
+        )
+
+
+def _trackers(recipe: Recipe) -> None:
+    for name in recipe.run.trackers:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise missing_package(PACKAGES[name])
+
+
+def _weights(recipe: Recipe) -> None:
+    folder = Path(resolve(recipe.model.base))
+    if recipe.model.init == "random" or not folder.is_dir() or (folder / ADAPTER).is_file():
+        return
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise ModelError(
+            "the folder holds no weights",
+            where=str(folder),
+            remedy=f"save them beside config.json ({', '.join(WEIGHTS)}), or set model.init: random to draw new ones",
+            code="no_weights",
+        )
+
+
+def _run_folder(recipe: Recipe) -> None:
+    run = Path(recipe.run.out)
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(f"'{there}' is a file, not a folder", where="run.out", remedy="choose another run.out", code="bad_out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"nothing may be written in '{there}'", where="run.out", remedy="choose another run.out", code="bad_out")
+
+
+CHECKS: tuple[Callable[[Recipe], None], ...] = (_objective, _device, _trackers, _weights, _run_folder)
+
+
+def at_the_door(recipe: Recipe) -> None:
+    """Raises the first of what `tunesmith check` lists: RecipeError or ModelError."""
+    for check in CHECKS:
+        check(recipe)
