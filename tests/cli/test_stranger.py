@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(capsys, wor
     assert (run / ".lock").exists()
     error = failure(capsys, words(sets=["run.steps=2"]))
     assert error["code"] == "other_run"
-    assert main(words(sets=["run.steps=2", "run.save_every=1"]) + ["--fresh"]) == 0
+    assert main([*words(sets=["run.steps=2", "run.save_every=1"]), "--fresh"]) == 0
     assert not (run / ".lock").exists()
 
 
@@ -178,6 +179,18 @@ def test_a_reader_who_goes_away_is_no_error():
     assert process.stderr == ""
 
 
+def test_stages_can_be_checked_before_the_first_is_trained(capsys, base, words, tmp_path):
+    words()
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{base: {base}, adapter: {{}}}}\ndata: {{train: {tmp_path / 'rows.jsonl'}}}\nrun: {{out: {tmp_path / 'run'}}}\n"
+        "stages:\n  - {name: one, model: {template: chatml}}\n  - {name: two, model: {base: '@one'}}\n"
+    )
+    assert main(["check", str(tmp_path / "recipe.yaml"), "--json"]) == 0
+    one, two = json.loads(capsys.readouterr().out)["stages"]
+    assert two["recipe"]["model"]["base"] == str(tmp_path / "run/one/final")
+    assert two["derived"]["template"] == one["derived"]["template"] == "named:chatml"
+
+
 @pytest.mark.parametrize(("sets", "status"), [(["run.steps=2"], 0), (["run.steps=2", "objective=dpo"], 1)])
 def test_two_ranks_give_one_json_document(words, sets, status):
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tunesmith"]
@@ -191,6 +204,18 @@ def test_a_cache_that_cannot_be_written_stops_no_run(words, tmp_path, monkeypatc
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
     assert main(words(sets=["run.steps=1"])) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_verify_says_no_to_cut_weights_and_to_a_missing_folder(words, tmp_path, capsys):
+    assert main(words(sets=["run.steps=1"])) == 0
+    capsys.readouterr()
+    os.truncate(tmp_path / "run/final/adapter_model.safetensors", 100)
+    assert main(["verify", str(tmp_path / "run"), "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "final_unreadable"
+    assert "changed since training: adapter_model.safetensors" in error["message"]
+    shutil.rmtree(tmp_path / "run/final")
+    assert main(["verify", str(tmp_path / "run"), "--json"]) == 1
 
 
 def test_written_weights_are_as_readable_as_the_rest(words, tmp_path):

@@ -36,9 +36,9 @@ def check(
 
     log.set_up()
     stages = load_words(recipe, sets or [], method=method, model=model, data=data, out=out, template=template)
-    from tunesmith.training.inspect import inspect  # torch: after the words, so that a misspelt one is said at once
+    from tunesmith.training.inspect import inspect_stages  # torch: after the words, so that a misspelt one is said at once
 
-    reports = [inspect(stage) for stage in stages]
+    reports = inspect_stages(stages)
     bad = any(report["problems"] for report in reports)
     if as_json:
         say(reports[0] if len(reports) == 1 else {**reports[0], "stages": reports, "problems": [p for r in reports for p in r["problems"]]})

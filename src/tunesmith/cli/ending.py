@@ -17,7 +17,7 @@ DONE, NO, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 3
 # What typer gives for a KeyboardInterrupt.
 CTRL_C = 130
 # A check of ours that said no, as opposed to input that is wrong.
-SAID_NO = {"reread_differs", "nothing_learned"}
+SAID_NO = {"reread_differs", "nothing_learned", "final_unreadable"}
 # Typer carries click inside or depends on it, by version; either way this is the class of wrong words.
 UsageError: Any = typer.BadParameter.__bases__[0]
 

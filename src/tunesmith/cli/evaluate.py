@@ -12,7 +12,8 @@ from tunesmith.cli.main import app, say
 EXAMPLE = """
 Score a model on held-out rows, its base beside it, with intervals.
 
-Tasks: perplexity, exact_match, json_valid, json_fields, choice; each with n, seed and a 95 % interval.
+Tasks: perplexity, exact_match, contains, regex, numeric, json_valid, json_fields, choice, choice_answer;
+each with n, seed and a 95 % interval.
 The base of a run is scored beside it on the same rows.
 
 [bold]Examples[/]
@@ -27,7 +28,7 @@ The base of a run is scored beside it on the same rows.
 def evaluate(
     model: Annotated[str, typer.Argument(help="hub id, folder, run folder or pocket")],
     data: Annotated[Path, typer.Option(help="held-out rows in any format; the last assistant turn is the truth")],
-    tasks: Annotated[str, typer.Option(help="comma-separated: perplexity, exact_match, json_valid, json_fields, choice")] = "perplexity",
+    tasks: Annotated[str, typer.Option(help="comma-separated names, see above")] = "perplexity",
     base: Annotated[str | None, typer.Option(help="model to score beside it; default: the base that the run records; none: alone")] = None,
     template: Annotated[str, typer.Option(help="auto, a named template, a Jinja file, or none")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="use at most this many rows")] = None,

@@ -72,7 +72,7 @@ def write_report(
     return folder / "report.html"
 
 
-def environment(device: str = "", **more: str) -> dict[str, Any]:
+def environment(device: str = "") -> dict[str, Any]:
     """What a result may depend on outside the recipe: versions, device, threads."""
     import platform
     from importlib import metadata
@@ -87,7 +87,7 @@ def environment(device: str = "", **more: str) -> dict[str, Any]:
             versions[package] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     place = {"device": device or ("cuda" if gpu else "cpu"), **({"gpu": gpu} if gpu else {}), "threads": torch.get_num_threads()}
-    return {"python": platform.python_version(), **versions, **place, "system": f"{platform.system()} {platform.machine()}", **more}
+    return {"python": platform.python_version(), **versions, **place, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def _scores_note(scores: Sequence[Result]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,29 @@ from tunesmith.training.receipt import identify
 from tunesmith.training.source import Offline
 
 
-def inspect(loaded: Loaded) -> dict[str, Any]:
-    """{"problems", "ledger", "recipe", "origin", "derived", "summary"} of one stage."""
-    recipe = loaded.recipe
+def inspect_stages(stages: Sequence[Loaded]) -> list[dict[str, Any]]:
+    """One report for each stage; a stage that starts from an earlier one is checked before that one is trained."""
+    reports, made = [], dict[str, Recipe]()
+    for stage in stages:
+        model = stage.recipe.model
+        before = made.get(model.base) if not Path(model.base).is_dir() else None
+        stand_in = None
+        if before is not None:
+            # Its result will have the tokens and the template of what it starts from itself.
+            template = before.model.template if model.template == "auto" else model.template
+            later = model.model_copy(update={"base": before.model.base, "revision": before.model.revision, "template": template})
+            stand_in = stage.recipe.model_copy(update={"model": later})
+        reports.append(inspect(stage, stand_in))
+        made[str(Path(stage.recipe.run.out) / "final")] = stand_in or stage.recipe
+    return reports
+
+
+def inspect(loaded: Loaded, stand_in: Recipe | None = None) -> dict[str, Any]:
+    """{"problems", "ledger", "recipe", "origin", "derived", "summary"} of one stage.
+
+    `stand_in` is the recipe to look at instead, when the stage's base is yet to be trained.
+    """
+    recipe = stand_in or loaded.recipe
     problems: list[dict[str, str]] = []
     derived: dict[str, Any] = {}
     for check in door.CHECKS:
@@ -41,7 +62,8 @@ def inspect(loaded: Loaded) -> dict[str, Any]:
             prepared = prepare(recipe, tokenizer)
             ledger = prepared.ledger
             derived = _derived(recipe, prepared)
-            _check_folder(recipe, base, prepared)
+            if stand_in is None:
+                _check_folder(recipe, base, prepared)
     except TunesmithError as error:
         if (error.code, error.where) not in refused:
             problems.append(error.as_dict())
@@ -51,7 +73,7 @@ def inspect(loaded: Loaded) -> dict[str, Any]:
     return {
         "problems": problems,
         "ledger": ledger.as_dict() if ledger else {},
-        "recipe": recipe.as_dict(),
+        "recipe": loaded.recipe.as_dict(),
         "origin": origin,
         "derived": derived,
         "summary": "\n".join(lines),

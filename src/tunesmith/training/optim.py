@@ -6,22 +6,29 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 from tunesmith.core import recipe as settings
 from tunesmith.core.errors import BugError
 
 
-def decays(name: str, parameter: Parameter) -> bool:
-    """Weight decay is for matrices: not for norms and biases (one axis) and not for embeddings."""
-    return parameter.ndim >= 2 and "embed" not in name
+def embeddings(model: nn.Module) -> set[int]:
+    """The ids of all embedding weights, by the kind of their module: names differ (embed_tokens, wte, word_embeddings)."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def build_optimizer(optim: settings.Optim, lr: float, parameters: Mapping[str, Parameter]) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov 2019, arXiv:1711.05101) over every trainable parameter, decayed and undecayed apart."""
+def build_optimizer(optim: settings.Optim, lr: float, parameters: Mapping[str, Parameter], model: nn.Module) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov 2019, arXiv:1711.05101) over every trainable parameter of `model`.
+
+    Weight decay is for matrices: not for norms and biases (one axis) and not for embeddings. Raises BugError when a trainable
+    tensor would not be in the optimizer.
+    """
+    spared = embeddings(model)
+    decayed = {name for name, p in parameters.items() if p.ndim >= 2 and id(p) not in spared}
     groups = [
-        {"params": [p for n, p in parameters.items() if decays(n, p)], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in parameters.items() if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in parameters.items() if n in decayed], "weight_decay": optim.weight_decay},
+        {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 
-from tunesmith.core.errors import CheckpointError
+from tunesmith.core.errors import CheckpointError, ModelError
 from tunesmith.core.files import file_hash, folder_hash, read_json
 from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Tokens
@@ -129,7 +130,7 @@ def final_hash(final: Path) -> dict[str, str]:
 def verify(run: Path, device: str) -> dict[str, Any]:
     """Compare a finished run with its receipt: hashes of final/, and the log-probabilities of the probes read anew.
 
-    Raises CheckpointError when there is no finished run.
+    Raises CheckpointError when there is no finished run, and ModelError (final_unreadable) when what is there cannot be loaded.
     """
     if not (run / "receipt.json").exists():
         raise CheckpointError("there is no receipt", where=str(run), remedy="name the folder of a finished run", code="no_receipt")
@@ -138,7 +139,16 @@ def verify(run: Path, device: str) -> dict[str, Any]:
     then = stored["hashes"]["final"]
     changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
     probes = stored["probes"]
-    model = load_plain(run / "final", stored["dtype"], str(choose_device(device)))
+    place = str(choose_device(device))
+    try:
+        model = load_plain(run / "final", stored["dtype"], place)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"final/ cannot be read ({' '.join(str(error).split())[:200]}); changed since training: {', '.join(changed) or 'nothing'}",
+            where=str(run / "final"),
+            remedy="put the old files back, or remove the folder and run the training command again",
+            code="final_unreadable",
+        ) from error
     said = plain_logprobs(model, [p["prompt_ids"] for p in probes], [p["ids"] for p in probes])
     difference = largest_difference(said, [p["logprobs"] for p in probes])
     return {

@@ -145,7 +145,7 @@ def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, to
     )
     parameters = policy.parameters_by_name()
     lr = peak_lr(recipe.optim, recipe.model.adapter is not None)
-    optimizer = build_optimizer(recipe.optim, lr, parameters)
+    optimizer = build_optimizer(recipe.optim, lr, parameters, policy.model)
     progress = Progress()
     if ranks.first:
         run.mkdir(parents=True, exist_ok=True)
