@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -19,7 +20,9 @@ app = typer.Typer(
 
 def run() -> None:
     """Entry point of the `tunesmith` command."""
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; a further Ctrl-C must not change the status
+    sys.exit(status)
 
 
 def main(arguments: list[str]) -> int:

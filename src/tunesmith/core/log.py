@@ -7,15 +7,16 @@ import os
 import sys
 
 logger = logging.getLogger("tunesmith")
+_handler = logging.StreamHandler(sys.stderr)
 
 
 def set_up(level: int = logging.INFO) -> None:
     """Send our messages to stderr, once; a program that configured logging itself is left alone. Of several ranks the first speaks."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        _handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(_handler)
         logger.propagate = False
+    _handler.stream = sys.stderr  # what it is now: a notebook or a test may have put another in its place and closed the old one
     logger.setLevel(level if first_rank() else max(level, logging.WARNING))
 
 
