@@ -291,3 +291,12 @@ def test_bos_is_written_once_whoever_writes_it() -> None:
     (text,) = render(Text("a b", "t:1"), choose_template(habit, "none"), habit)
     assert text.text == "<s>a b<|endoftext|>"
     assert "".join(text.pieces) == text.text
+
+
+def test_a_template_that_is_no_jinja_is_one_error_with_its_line(tmp_path):
+    file = tmp_path / "broken.jinja"
+    file.write_text("{% for message in messages %}\n{{ message['content'] \n{% endfor %}")
+    with pytest.raises(TemplateError) as caught:
+        choose_template(TOKENIZER, str(file))
+    assert caught.value.code == "template_syntax"
+    assert caught.value.where.startswith(str(file) + ":")

@@ -79,11 +79,22 @@ def choose_template(tokenizer: Tokenizer, name: str, options: Mapping[str, Any] 
             code="unknown_template",
         )
     try:
-        return _made(f"file:{path.name}", path.read_text(encoding="utf-8"), options, [])
+        text = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(
+            f"the template is not valid Jinja: {error.message}",
+            where=f"{path}:{error.lineno}",
+            remedy="mend the template",
+            code="template_syntax",
+        ) from error
     except UnicodeDecodeError as error:
         raise TemplateError(
             "the template file is not UTF-8 text", where=str(path), remedy="save it as UTF-8", code="unknown_template"
         ) from error
+    except _JINJA_ERRORS:
+        pass  # It may well want a chat of another shape: that is for the rows to show.
+    return _made(f"file:{path.name}", text, options, [])
 
 
 def _names() -> list[str]:
