@@ -156,7 +156,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
 def test_a_model_without_tokenizer_says_so(base):
     with pytest.raises(ModelError) as caught:
         load_tokenizer(str(base))
-    assert caught.value.code == "no_model"
+    assert caught.value.code == "no_tokenizer"
 
 
 def plain_scores(folder):
