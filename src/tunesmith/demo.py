@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TRAIN, VALID, TEST = 900, 60, 200
 RUN: dict[str, Any] = {"epochs": 4, "batch": {"examples": 16}, "save_every": 0, "eval_every": 50, "samples": 0}
 # The answer is one JSON object that has both keys: any other JSON is not what was asked for.
-VALID: dict[str, Any] = {"name": "json_valid", "label": "valid_json", "keys": ["category", "urgency"]}
+WELL_FORMED: dict[str, Any] = {"name": "json_valid", "label": "valid_json", "keys": ["category", "urgency"]}
 ACCURACY: dict[str, Any] = {"name": "json_fields", "label": "accuracy", "every": True}
 
 
@@ -39,7 +39,9 @@ def demo(out: str | Path = "demo", *, fresh: bool = False, seed: int = 0) -> dic
     result = train(tree, fresh=fresh)
     opened = open_model(result["run"])
     logger.info("evaluating %d held-out tickets and general text, with the adapter off and on", TEST)
-    tasks = evaluate_policy(opened, [VALID, ACCURACY], out / "data" / "test.jsonl", base=DISABLED, seed=seed, max_new_tokens=32, samples=6)
+    tasks = evaluate_policy(
+        opened, [WELL_FORMED, ACCURACY], out / "data" / "test.jsonl", base=DISABLED, seed=seed, max_new_tokens=32, samples=6
+    )
     general = evaluate_policy(
         opened, [{"name": "perplexity", "label": "general_perplexity"}], pocket.general_text(), base=DISABLED, seed=seed
     )
