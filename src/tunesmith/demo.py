@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tunesmith.evals.run import Report
 
 TRAIN, VALID, TEST = 1800, 60, 200
-RUN: dict[str, Any] = {"epochs": 3, "batch": {"examples": 16}, "save_every": 0, "eval_every": 50, "samples": 0}
+RUN: dict[str, Any] = {"epochs": 1, "batch": {"examples": 16}, "save_every": 0, "eval_every": 50, "samples": 0}
 # The answer is one JSON object that has both keys: any other JSON is not what was asked for.
 WELL_FORMED: dict[str, Any] = {"name": "json_valid", "label": "valid_json", "keys": ["category", "urgency"]}
 ACCURACY: dict[str, Any] = {"name": "json_fields", "label": "accuracy", "every": True}
@@ -81,7 +81,7 @@ def write_data(folder: Path, seed: int) -> dict[str, Any]:
             "validation": str(folder / "valid.jsonl"),
         },
         "tokens": {"max_length": 512},
-        "optim": {"lr": 1e-3},
+        "optim": {"lr": 2e-3},
     }
 
 
