@@ -16,7 +16,7 @@ lint: .venv/installed-test
 	$(BIN)/lint-imports
 
 unit: .venv/installed-test
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 bench-sft: .venv/installed-test
 	$(BIN)/python benchmarks/sft.py
