@@ -44,6 +44,15 @@ def test_fit_is_best_fit_decreasing(seed):
     assert len(bins) == plain_best_fit(lengths, 128)
 
 
+@pytest.mark.parametrize("capacity", [1023, 1024, 1025, 5000, 70_000])
+def test_large_bins_are_found_by_the_same_rule(capacity):
+    lengths = np.random.default_rng(capacity).integers(0, capacity // 2 + 2, 300).tolist()
+    bins = fit(lengths, capacity)
+    assert sorted(i for b in bins for i in b) == list(range(300))
+    assert all(sum(lengths[i] for i in b) <= capacity for b in bins)
+    assert len(bins) == plain_best_fit(lengths, capacity)
+
+
 def test_fit_at_the_edges():
     assert fit([], 10) == []
     assert fit([10, 10], 10) == [[0], [1]]

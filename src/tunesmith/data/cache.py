@@ -14,6 +14,7 @@ from tunesmith.core.types import Message, Prompt, ToolCall, content_hash
 from tunesmith.data.dataset import TokenSet, load_set
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.sources import fingerprint
+from tunesmith.data.tokenizer import tokenizer_hash
 
 # Raise when the same rows would give other tokens: a change in readers, formats, rendering, spans or over-length policy.
 VERSION = 1
@@ -50,16 +51,6 @@ def cache_key(recipe: Recipe, tokenizer: Any, template: str, prompts: int) -> st
             "prompts": prompts,
         }
     )
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer does: its whole serialised state and its special tokens, wherever it was loaded from."""
-    if tokenizer.is_fast:
-        state: Any = tokenizer.backend_tokenizer.to_str()
-    else:
-        state = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return content_hash([state, special])
 
 
 def store(folder: Path, stored: Stored) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ class TokenSet:
 
     def __init__(self, arrays: dict[str, Array], hash: str) -> None:
         self._arrays = arrays
-        self._offsets = arrays["offsets"]
+        # A view of the buffer gives Python's own integers, several times as fast as an array gives its scalars.
+        self._ends = arrays["offsets"].data
         self._streams = {name.removeprefix("stream."): array for name, array in arrays.items() if name.startswith("stream.")}
-        self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
+        self._words = {name: (arrays[name].data, arrays[f"{name}.offsets"].data) for name in WORDS}
+        self.lengths: npt.NDArray[np.int64] = np.diff(arrays["offsets"])
         self.repeats: npt.NDArray[np.float64] = arrays["repeats"]
         self.trained: npt.NDArray[np.float64] = arrays["trained"]
         self.hash = hash
@@ -40,7 +43,7 @@ class TokenSet:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         place = int(row) % len(self)
-        start, stop = int(self._offsets[place]), int(self._offsets[place + 1])
+        start, stop = self._ends[place], self._ends[place + 1]
         return Tokens(
             ids=self._arrays["ids"][start:stop],
             train=self._arrays["train"][start:stop],
@@ -58,14 +61,14 @@ class TokenSet:
         return self._word("key", row)
 
     def _word(self, name: str, row: int) -> str:
-        ends = self._arrays[f"{name}.offsets"]
-        return bytes(self._arrays[name][int(ends[row]) : int(ends[row + 1])]).decode()
+        letters, ends = self._words[name]
+        return bytes(letters[ends[row] : ends[row + 1]]).decode() if letters else ""
 
     def save(self, folder: Path) -> None:
         """Write one .npy a flat array."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, array in self._arrays.items():
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        for name, values in self._arrays.items():
+            np.save(folder / f"{name}.npy", values, allow_pickle=False)
 
 
 def load_set(folder: Path) -> TokenSet:
@@ -74,55 +77,63 @@ def load_set(folder: Path) -> TokenSet:
     for path in sorted(folder.glob("*.npy")):
         # An empty file cannot be mapped.
         empty = np.load(path, allow_pickle=False, mmap_mode=None) if path.stat().st_size <= 128 else None
-        arrays[path.name.removesuffix(".npy")] = np.load(path, mmap_mode="r", allow_pickle=False) if empty is None else empty
+        # Without the subclass `memmap`, whose slices cost several times as much.
+        arrays[path.name.removesuffix(".npy")] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False) if empty is None else empty)
     if missing := {"ids", "train", "offsets", "repeats", "trained"} - set(arrays):
         raise KeyError(f"arrays missing: {sorted(missing)}")
     return TokenSet(arrays, _hash(arrays))
 
 
 class Builder:
-    """Collects rows and makes the set."""
+    """Collects rows, end to end as they come, and makes the set; no row is kept as an object of its own."""
 
     def __init__(self) -> None:
-        self._ids: list[npt.NDArray[np.int32]] = []
-        self._train: list[npt.NDArray[np.float32]] = []
-        self._streams: dict[str, list[npt.NDArray[np.float32]]] = {}
-        self._words: dict[str, list[bytes]] = {name: [] for name in WORDS}
-        self._repeats: list[float] = []
+        self._ids = bytearray()
+        self._train = bytearray()
+        self._streams: dict[str, bytearray] = {}
+        self._words: dict[str, bytearray] = {name: bytearray() for name in WORDS}
+        self._sizes: dict[str, array[int]] = {name: array("q") for name in WORDS}  # bytes of each row's word
+        self._lengths = array("q")
+        self._trained = array("d")
+        self._repeats = array("d")
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._lengths)
 
     def add(self, tokens: Tokens, repeats: float) -> None:
         """One more row, seen `repeats` times an epoch. Raises BugError when its arrays do not belong together."""
-        if not self._ids:
-            self._streams = {name: [] for name in tokens.streams}
+        if not self._lengths:
+            self._streams = {name: bytearray() for name in tokens.streams}
         _check(tokens, set(self._streams))
-        self._ids.append(np.asarray(tokens.ids, dtype=np.int32))
-        self._train.append(np.asarray(tokens.train, dtype=np.float32))
+        train = np.asarray(tokens.train, dtype=np.float32)
+        self._ids += np.asarray(tokens.ids, dtype=np.int32).tobytes()
+        self._train += train.tobytes()
         for name, values in tokens.streams.items():
-            self._streams[name].append(np.asarray(values, dtype=np.float32))
+            self._streams[name] += np.asarray(values, dtype=np.float32).tobytes()
         for name, word in zip(WORDS, (tokens.key, tokens.group, tokens.role), strict=True):
-            self._words[name].append(word.encode())
+            letters = word.encode()
+            self._words[name] += letters
+            self._sizes[name].append(len(letters))
+        self._lengths.append(len(tokens))
+        self._trained.append(float(train.sum(dtype=np.float64)))
         self._repeats.append(repeats)
 
     def build(self) -> TokenSet:
-        """The set of all rows added."""
-        lengths = [len(ids) for ids in self._ids]
+        """The set of all rows added, in the builder's own memory: nothing can be added afterwards."""
         arrays: dict[str, Array] = {
-            "ids": _flat(self._ids, np.int32),
-            "train": _flat(self._train, np.float32),
-            "offsets": _ends(lengths),
-            "repeats": np.asarray(self._repeats, dtype=np.float64),
-            "trained": np.asarray([float(train.sum(dtype=np.float64)) for train in self._train], dtype=np.float64),
+            "ids": np.frombuffer(self._ids, dtype=np.int32),
+            "train": np.frombuffer(self._train, dtype=np.float32),
+            "offsets": _ends(self._lengths),
+            "repeats": np.frombuffer(self._repeats, dtype=np.float64),
+            "trained": np.frombuffer(self._trained, dtype=np.float64),
         }
-        for name, parts in self._streams.items():
-            arrays[f"stream.{name}"] = _flat(parts, np.float32)
-        for name, words in self._words.items():
-            arrays[name] = np.frombuffer(b"".join(words), dtype=np.uint8)
-            arrays[f"{name}.offsets"] = _ends([len(word) for word in words])
-        for array in arrays.values():
-            array.flags.writeable = False
+        for name, values in self._streams.items():
+            arrays[f"stream.{name}"] = np.frombuffer(values, dtype=np.float32)
+        for name, letters in self._words.items():
+            arrays[name] = np.frombuffer(letters, dtype=np.uint8)
+            arrays[f"{name}.offsets"] = _ends(self._sizes[name])
+        for flat in arrays.values():
+            flat.flags.writeable = False
         return TokenSet(arrays, _hash(arrays))
 
 
@@ -136,12 +147,10 @@ def _check(tokens: Tokens, streams: set[str]) -> None:
         raise BugError("rows of one set carry different streams", where=tokens.key)
 
 
-def _flat(parts: list[Any], kind: type[Any]) -> Array:
-    return np.concatenate(parts).astype(kind, copy=False) if parts else np.zeros(0, dtype=kind)
-
-
-def _ends(lengths: list[int]) -> Array:
-    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
+def _ends(lengths: array[int]) -> Array:
+    ends = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(np.frombuffer(lengths, dtype=np.int64), out=ends[1:])
+    return ends
 
 
 def _hash(arrays: dict[str, Array]) -> str:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Literal
+from typing import Any, Literal
 
-from tunesmith.core.errors import BugError, DataError, RecipeError, TemplateError, TunesmithError
+import numpy as np
+import numpy.typing as npt
+
+from tunesmith.core.errors import DataError, RecipeError, TunesmithError
 from tunesmith.core.recipe import Fraction, Recipe, Source
-from tunesmith.core.types import Dialog, Example, Message, Prompt, Text, Tokens, content_hash
+from tunesmith.core.types import Dialog, Prompt, Row, Text
+from tunesmith.data.crew import Crew
 from tunesmith.data.dataset import Builder
 from tunesmith.data.detect import LOOK, check_columns, detect, hold
 from tunesmith.data.formats import COLUMNS, FORMATS
-from tunesmith.data.ledger import Fate, Ledger, Part
+from tunesmith.data.ledger import Ledger, Part
 from tunesmith.data.notes import explain
-from tunesmith.data.overlong import cut_prompt, last_part, split_dialog, split_text, surely_over
 from tunesmith.data.problem import Problem
-from tunesmith.data.render import Rendered, render
+from tunesmith.data.readers import Found
 from tunesmith.data.sources import read
 from tunesmith.data.template import ChatTemplate
+from tunesmith.data.tokenise import Outcome, Refused, Tokeniser, Used
 from tunesmith.data.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
 LISTED = 1000  # problems kept with their own words; the ledger counts all
-_EVERY = 100  # rows between two reports of progress
+CHUNK = 256  # rows tokenised together
+_CHUNK_SIZE = 4 << 20  # characters of them, about
+_HASH_BYTES = 32
 
 
 @dataclass
@@ -40,40 +47,50 @@ class Gathered:
     prompts: list[Prompt] = field(default_factory=list)
 
 
-class _RefusalError(Exception):
-    """A row that yields no tokens, with its fate and reason."""
-
-    def __init__(self, fate: Fate, problem: Problem) -> None:
-        super().__init__(problem.message)
-        self.fate = fate
-        self.problem = problem
-
-
 @dataclass(frozen=True)
-class _Row:
-    """What one row became: the rendered forms as they were, and the tokens after the length policy."""
+class Chunk:
+    """Rows of one source; `held` is the part for those that a validation fraction takes, and `part` itself without one."""
 
-    rendered: list[Rendered]
-    tokens: list[Tokens]
-    fate: Literal["", "cut", "split"] = ""
-    lost: tuple[str, ...] = ()
+    source: Source
+    fraction: float
+    format: str
+    part: Part
+    held: Part
+    found: list[Found]
 
 
 def gather(
-    recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate, prompts: int, progress: Callable[[int], None] | None = None
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    prompts: int,
+    progress: Callable[[int], None] | None = None,
+    workers: int | None = None,
 ) -> Gathered:
     """Read, render and bound every row of a recipe's sources; nothing is raised for a bad row or source, all of it is noted.
 
-    `prompts` is how many prompts with their true answers are kept for the report; `progress` is called with the rows read since.
+    `prompts` is how many prompts with their true answers are kept for the report; `progress` is called with the rows done since;
+    `workers` is how many processes may help when there is much to do (None: one less than the cores). The result does not depend on it.
     """
-    gatherer = _Gatherer(recipe, tokenizer, template, prompts, progress)
+    out = Gathered()
+    entry = _Entry(out, prompts, recipe.tokens.max_length)
+    with Crew(Tokeniser(recipe.data.turns, recipe.tokens, template, tokenizer), workers) as crew:
+        for chunk, outcomes in crew.outcomes(_chunks(recipe, out)):
+            entry.enter(chunk, outcomes)
+            if progress is not None:
+                progress(len(outcomes))
+    entry.finish()
+    return out
+
+
+def _chunks(recipe: Recipe, out: Gathered) -> Iterator[Chunk]:
+    """The rows of all sources; a source that cannot be read ends early and leaves a fault."""
     validation = recipe.data.validation
     for split, source in _sources(recipe):
         try:
-            gatherer.source(split, source, validation.fraction if isinstance(validation, Fraction) else 0.0)
+            yield from _chunks_of(split, source, validation.fraction if isinstance(validation, Fraction) else 0.0, out)
         except (DataError, RecipeError) as error:
-            gatherer.out.faults.append(error)
-    return gatherer.finish()
+            out.faults.append(error)
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[Split, Source]]:
@@ -84,195 +101,133 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Split, Source]]:
             yield "validation", source
 
 
-class _Gatherer:
-    def __init__(
-        self, recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate, prompts: int, progress: Callable[[int], None] | None
-    ) -> None:
-        self.out = Gathered()
-        self._recipe = recipe
-        self._tokenizer = tokenizer
-        self._template = template
+def _chunks_of(split: Split, source: Source, fraction: float, out: Gathered) -> Iterator[Chunk]:
+    check_columns(source)
+    rows = read(source)
+    head = list(islice(rows, LOOK))
+    name = detect(head, source)
+    part = Part(source.path, split, name)
+    held = Part(source.path, "validation", name) if fraction else part
+    out.ledger.parts += [part, held] if fraction else [part]
+    first = head[0][0]
+    found: list[Found] = []
+    size = 0
+    try:
+        for key, row in chain(head, rows):
+            if isinstance(row, dict):
+                if source.format == "auto":
+                    hold(name, first, key, row, source)
+                part.unused_columns.update(str(column) for column in row if column not in COLUMNS[name])
+            found.append((key, row))
+            size += _size(row)
+            if len(found) == CHUNK or size >= _CHUNK_SIZE:
+                yield Chunk(source, fraction, name, part, held, found)
+                found, size = [], 0
+    except (DataError, RecipeError):
+        # What was read before the fault is entered all the same.
+        yield Chunk(source, fraction, name, part, held, found)
+        raise
+    if found:
+        yield Chunk(source, fraction, name, part, held, found)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 1
+
+
+class _Entry:
+    """Enters outcomes into the ledger and the token sets, in the order of the rows."""
+
+    def __init__(self, out: Gathered, prompts: int, max_length: int) -> None:
+        self._out = out
         self._wanted = prompts
-        self._progress = progress
-        self._unreported = 0
-        self._bos: int | None = tokenizer.bos_token_id
-        self._longest_piece = max((len(piece) for piece in tokenizer.get_vocab()), default=1)
-        self._seen: dict[Split, set[str]] = {"train": set(), "validation": set()}
-        self._held: list[tuple[str, str, Part]] = []
+        self._over = f"more than max_length = {max_length} tokens"
+        self._contents: dict[Split, bytearray] = {"train": bytearray(), "validation": bytearray()}
+        self._owners: dict[Split, array[int]] = {"train": array("q"), "validation": array("q")}  # place of the row's part in the ledger
+        self._held: list[str] = []  # keys of the validation rows
         self._prompts: dict[Split, list[tuple[int, str, Prompt]]] = {"train": [], "validation": []}
 
-    def source(self, split: Split, source: Source, fraction: float) -> None:
-        """Enter all rows of one source; `fraction` of them goes to validation, by content."""
-        check_columns(source)
-        rows = read(source)
-        head = list(islice(rows, LOOK))
-        name = detect(head, source)
-        part = Part(source.path, split, name)
-        held = Part(source.path, "validation", name) if fraction else part
-        self.out.ledger.parts += [part, held] if fraction else [part]
-        for key, row in chain(head, rows):
-            self._report()
-            if isinstance(row, Problem):
-                self._refuse(part, "refused", row)
-                continue
-            if source.format == "auto":
-                hold(name, head[0][0], key, row, source)
-            part.unused_columns.update(str(column) for column in row if column not in COLUMNS[name])
-            try:
-                example = FORMATS[name].function(row, key)
-            except DataError as error:
-                self._refuse(part, "refused", Problem.of(error, key))
-                continue
-            content = hash_of(example)
-            self._enter(held if fraction and int(content[:13], 16) < fraction * 16**13 else part, example, content, source.weight)
+    def enter(self, chunk: Chunk, outcomes: list[Outcome]) -> None:
+        """One outcome for each row of the chunk."""
+        places = {id(part): place for place, part in enumerate(self._out.ledger.parts)}
+        for (key, row), outcome in zip(chunk.found, outcomes, strict=True):
+            aside = chunk.fraction and outcome.content and int(outcome.content[:13], 16) < chunk.fraction * 16**13
+            part = chunk.held if aside else chunk.part
+            part.read += 1
+            if isinstance(outcome, Refused):
+                part.note(outcome.fate, outcome.problem)
+                if outcome.fate == "refused" and len(self._out.problems) < LISTED:
+                    self._out.problems.append(outcome.problem)
+            else:
+                self._owners[part.split].append(places[id(part)])
+                self._use(part, key, outcome, chunk.source.weight)
+                assert isinstance(row, dict)
+                self._keep_prompt(part, chunk.format, row, key, outcome.content)
 
-    def finish(self) -> Gathered:
-        """The whole, once all sources are entered."""
-        if self._progress is not None and self._unreported:
-            self._progress(self._unreported)
-        for content, key, part in self._held:
-            if content in self._seen["train"]:
-                self.out.ledger.overlap += 1
-                part.note("note", Problem(key, "also_in_training", "this validation row is also trained on", "remove it from one side"))
-        kept = self._prompts["validation"] or self._prompts["train"]
-        self.out.prompts = [prompt for _, _, prompt in sorted(kept, key=lambda item: -item[0])]
-        self.out.ledger.balance()
-        return self.out
-
-    def _report(self) -> None:
-        self._unreported += 1
-        if self._progress is not None and self._unreported >= _EVERY:
-            self._progress(self._unreported)
-            self._unreported = 0
-
-    def _refuse(self, part: Part, fate: Fate, problem: Problem) -> None:
-        part.read += 1
-        part.note(fate, problem)
-        if fate == "refused" and len(self.out.problems) < LISTED:
-            self.out.problems.append(problem)
-
-    def _enter(self, part: Part, example: Example, content: str, weight: float) -> None:
-        try:
-            row = self._bounded(example)
-        except _RefusalError as refusal:
-            self._refuse(part, refusal.fate, refusal.problem)
-            return
-        part.read += 1
+    def _use(self, part: Part, key: str, used: Used, weight: float) -> None:
         part.used += 1
-        self._count(part, row, example.key)
-        builder = self.out.train if part.split == "train" else self.out.validation
-        for tokens in row.tokens:
+        self._count(part, key, used)
+        builder = self._out.train if part.split == "train" else self._out.validation
+        for tokens in used.tokens:
             builder.add(tokens, weight)
-        part.duplicates += content in self._seen[part.split]
-        self._seen[part.split].add(content)
+        self._contents[part.split] += bytes.fromhex(used.content)
         if part.split == "validation":
-            self._held.append((content, example.key, part))
-        self._keep_prompt(part.split, example, content)
+            self._held.append(key)
 
-    def _count(self, part: Part, row: _Row, key: str) -> None:
-        before = sum(len(rendered.tokens) for rendered in row.rendered)
-        after = sum(len(tokens) for tokens in row.tokens)
-        part.rows += len(row.tokens)
+    def _count(self, part: Part, key: str, used: Used) -> None:
+        after = sum(len(tokens) for tokens in used.tokens)
+        part.rows += len(used.tokens)
         part.tokens += after
-        part.cut_tokens += max(before - after, 0)
-        part.repeated_tokens += max(after - before, 0)
-        part.longest = max(part.longest, *(len(rendered.tokens) for rendered in row.rendered))
-        trained = 0
-        for rendered in row.rendered:
-            for role, (yes, no) in rendered.by_role.items():
-                part.trained[role] += yes
-                part.untrained[role] += no
-                trained += yes
-        if trained != (kept := sum(int((tokens.train != 0).sum()) for tokens in row.tokens)):
-            raise BugError(f"{trained} trained tokens were rendered, {kept} are left after the length policy", where=key)
-        for note in dict.fromkeys(note for rendered in row.rendered for note in rendered.notes):
+        part.cut_tokens += max(used.before - after, 0)
+        part.repeated_tokens += max(after - used.before, 0)
+        part.longest = max(part.longest, used.longest)
+        for role, (yes, no) in used.by_role.items():
+            part.trained[role] += yes
+            part.untrained[role] += no
+        for note in used.notes:
             part.note("note", Problem(key, note.split(":")[0], explain(note)))
-        if row.fate:
-            over = f"more than max_length = {self._recipe.tokens.max_length} tokens"
-            part.note(row.fate, Problem(key, "over_length", over, "raise tokens.max_length to keep such rows whole"))
-        for lost in row.lost:
+        if used.fate:
+            part.note(used.fate, Problem(key, "over_length", self._over, "raise tokens.max_length to keep such rows whole"))
+        for lost in used.lost:
             part.note("note", Problem(key, "exchange_lost", lost, "raise tokens.max_length"))
 
-    def _bounded(self, example: Example) -> _Row:
-        limits = self._recipe.tokens
-        if limits.overlong in ("drop", "error") and surely_over(example, limits.max_length, self._longest_piece):
-            raise self._over(example.key, f"over {limits.max_length} tokens by its length in characters alone")
-        rendered = self._rendered(example)
-        longest = max(len(item.tokens) for item in rendered)
-        if longest <= limits.max_length:
-            return _Row(rendered, [item.tokens for item in rendered])
-        if limits.overlong == "cut_prompt":
-            return self._cut(rendered, example.key)
-        if limits.overlong == "split":
-            return self._split(example, rendered)
-        raise self._over(example.key, f"{longest} tokens, over max_length = {limits.max_length}")
-
-    def _rendered(self, example: Example) -> list[Rendered]:
-        try:
-            found = render(example, self._template, self._tokenizer, turns=self._recipe.data.turns)
-        except (TemplateError, DataError) as error:
-            raise _RefusalError("refused", Problem.of(error, example.key)) from error
-        trained = [item for item in found if item.tokens.train.any()]
-        if not trained:
-            raise _RefusalError(
-                "refused", Problem(example.key, "no_trained_tokens", "no token of the row would be trained", "see `tunesmith show`")
-            )
-        return trained
-
-    def _over(self, key: str, message: str) -> _RefusalError:
-        fate: Fate = "refused" if self._recipe.tokens.overlong == "error" else "dropped"
-        return _RefusalError(
-            fate, Problem(key, "over_length", message, "raise tokens.max_length, or choose tokens.overlong: cut_prompt or split")
-        )
-
-    def _cut(self, rendered: list[Rendered], key: str) -> _Row:
-        limit = self._recipe.tokens.max_length
-        cut = [cut_prompt(item.tokens, limit, self._bos) for item in rendered]
-        whole = [tokens for tokens in cut if tokens is not None]
-        if len(whole) < len(cut):
-            message = f"from the first trained token on it is over max_length = {limit} tokens, and answers are never cut"
-            raise _RefusalError("dropped", Problem(key, "answer_over_length", message, "raise tokens.max_length"))
-        return _Row(rendered, whole, "cut")
-
-    def _split(self, example: Example, rendered: list[Rendered]) -> _Row:
-        limit = self._recipe.tokens.max_length
-        if isinstance(example, Text):
-            return _Row(rendered, [piece for item in rendered for piece in split_text(item.tokens, limit, self._bos)], "split")
-
-        def fits(shorter: Dialog) -> bool:
-            return not _learns(shorter) or all(len(item.tokens) <= limit for item in self._rendered(shorter))
-
-        kept: list[Rendered] = []
-        lost: list[str] = []
-        pieces = [last_part(example, fits)] if self._recipe.data.turns == "last" else split_dialog(example, fits)
-        for piece in pieces:
-            if not _learns(piece):
-                continue
-            forms = self._rendered(piece)
-            if all(len(item.tokens) <= limit for item in forms):
-                kept += forms
-            else:
-                lost.append(f"{piece.key} is over max_length = {limit} tokens in one exchange and is left out")
-        if not kept:
-            message = f"every exchange alone is over max_length = {limit} tokens"
-            raise _RefusalError("dropped", Problem(example.key, "exchange_over_length", message, "raise tokens.max_length"))
-        return _Row(kept, [item.tokens for item in kept], "split", tuple(lost))
-
-    def _keep_prompt(self, split: Split, example: Example, content: str) -> None:
+    def _keep_prompt(self, part: Part, format: str, row: Row, key: str, content: str) -> None:
+        # The smallest hashes of content: spread over the data, the same on every run, and nothing else has to be remembered.
+        heap, rank = self._prompts[part.split], -int(content, 16)
+        if (len(heap) >= self._wanted and (not heap or rank <= heap[0][0])) or any(other[0] == rank for other in heap):
+            return
+        example = FORMATS[format].function(row, key)
         if isinstance(example, Text) or (prompt := prompt_of(example)) is None:
             return
-        # The smallest hashes of content: spread over the data, the same on every run, and nothing else has to be remembered.
-        heap, item = self._prompts[split], (-int(content, 16), prompt.key, prompt)
-        if any(other[0] == item[0] for other in heap):
-            return
-        if len(heap) < self._wanted:
-            heapq.heappush(heap, item)
-        elif heap and item > heap[0]:
-            heapq.heapreplace(heap, item)
+        push = heapq.heappush if len(heap) < self._wanted else heapq.heapreplace
+        push(heap, (rank, key, prompt))
+
+    def finish(self) -> None:
+        """Copies, rows on both sides, and the prompts, once all rows are entered."""
+        ledger = self._out.ledger
+        contents = {split: np.frombuffer(data, dtype=f"S{_HASH_BYTES}") for split, data in self._contents.items()}
+        for split, digests in contents.items():
+            copies = np.asarray(self._owners[split], dtype=np.int64)[_again(digests)]
+            for part, count in zip(ledger.parts, np.bincount(copies, minlength=len(ledger.parts)).tolist(), strict=True):
+                part.duplicates += count
+        for place in np.flatnonzero(np.isin(contents["validation"], contents["train"])).tolist():
+            ledger.overlap += 1
+            problem = Problem(self._held[place], "also_in_training", "this validation row is also trained on", "remove it from one side")
+            ledger.parts[self._owners["validation"][place]].note("note", problem)
+        kept = self._prompts["validation"] or self._prompts["train"]
+        self._out.prompts = [prompt for _, _, prompt in sorted(kept, key=lambda item: -item[0])]
+        ledger.balance()
 
 
-def _learns(dialog: Dialog) -> bool:
-    return any(message.weight for message in dialog.messages if message.role == "assistant")
+def _again(digests: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+    """Which of the digests [R] stood before."""
+    again = np.ones(len(digests), dtype=np.bool_)
+    again[np.unique(digests, return_index=True)[1]] = False
+    return again
 
 
 def prompt_of(dialog: Dialog) -> Prompt | None:
@@ -281,15 +236,3 @@ def prompt_of(dialog: Dialog) -> Prompt | None:
     if last.role != "assistant" or not last.content.strip():
         return None
     return Prompt(dialog.messages[:-1], last.content, dialog.key, dialog.tools)
-
-
-def hash_of(example: Example) -> str:
-    """64 hex digits of what an example says, wherever it stands: copies have the same."""
-    if isinstance(example, Text):
-        return content_hash(example.text)
-    return content_hash([[_said(message) for message in example.messages], list(example.tools)])
-
-
-def _said(message: Message) -> list[object]:
-    calls = [[call.name, call.arguments] for call in message.tool_calls]
-    return [message.role, message.content, message.thinking, calls]

@@ -10,34 +10,49 @@ import numpy.typing as npt
 from tunesmith.core.errors import BugError
 from tunesmith.core.types import Batch, Segment, Tokens
 
+_BITS = 10  # free spaces are kept in blocks of 2 ** 10 bits
+_MASK = (1 << _BITS) - 1
+
 
 def fit(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> list[list[int]]:
     """Row numbers in bins of at most `capacity`, by best-fit decreasing; a longer row gets a bin of its own.
 
-    The free spaces are the bits of one integer, so the tightest bin is found by a shift and the lowest set bit (Johnson 1973 for
-    the rule). Inside a bin the rows stand in their old order, and equal input gives equal bins.
+    The free spaces are bits, so the tightest bin is found by a shift and the lowest set bit (Johnson 1973 for the rule); in two
+    levels, so that a large capacity costs no more. Inside a bin the rows stand in their old order, and equal input gives equal bins.
     """
     if capacity < 1:
         raise ValueError(f"a bin holds at least one token, not {capacity}")
     sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
     bins: list[list[int]] = []
     open_bins: dict[int, list[int]] = {}  # free space -> bins that have exactly that much
-    mask = 0  # bit s is set while open_bins[s] is not empty
-    for row in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[row])
-        tight = mask >> size if size <= capacity else 0
+    low = [0] * ((capacity >> _BITS) + 1)  # bit s of low[b] is set while open_bins[(b << _BITS) + s] is not empty
+    high = 0  # bit b is set while low[b] is not 0
+    for row, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        block = size >> _BITS
+        tight = low[block] >> (size & _MASK) if size <= capacity else 0
         if tight:
             space = size + (tight & -tight).bit_length() - 1
-            place = open_bins[space].pop()
-            if not open_bins[space]:
-                mask &= ~(1 << space)
-            bins[place].append(row)
+        elif size <= capacity and (above := high >> (block + 1)):
+            block += (above & -above).bit_length()
+            space = (block << _BITS) + (low[block] & -low[block]).bit_length() - 1
         else:
-            space, place = capacity, len(bins)
+            space = capacity
+        if space in open_bins:
+            places = open_bins[space]
+            place = places.pop()
+            bins[place].append(row)
+            if not places:
+                del open_bins[space]
+                low[block] &= ~(1 << (space & _MASK))
+                high &= ~(1 << block) if not low[block] else -1
+        else:
+            place = len(bins)
             bins.append([row])
         if (left := space - size) > 0:
             open_bins.setdefault(left, []).append(place)
-            mask |= 1 << left
+            low[left >> _BITS] |= 1 << (left & _MASK)
+            high |= 1 << (left >> _BITS)
     return [sorted(rows) for rows in bins]
 
 

@@ -38,10 +38,11 @@ class Prepared:
     prompts: list[Prompt]
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], None] | None = None) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], None] | None = None, workers: int | None = None) -> Prepared:
     """The token sets of a recipe, from the cache when the same rows were prepared in the same way before.
 
-    `progress` is called with the number of rows read since the last call. Raises DataError: "rows_refused" (a bad row, unless
+    `progress` is called with the number of rows done since the last call; `workers` processes at most help with much data (None: one
+    less than the cores), which changes nothing but the time. Raises DataError: "rows_refused" (a bad row, unless
     data.on_bad is drop; lists the first ten), "over_length" (with tokens.overlong: error), "no_rows" (nothing is left), "no_validation";
     the errors of files that cannot be read; TemplateError when there is no template to use.
     """
@@ -50,7 +51,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], N
     folder = _folder(recipe, tokenizer, template, prompts)
     stored = cache.fetch(folder) if folder is not None else None
     if stored is None or (recipe.data.on_bad == "refuse" and stored.ledger.refused):
-        gathered = gather(recipe, tokenizer, template, prompts, progress)
+        gathered = gather(recipe, tokenizer, template, prompts, progress, workers)
         _raise_what_is_wrong(gathered, recipe)
         validation = gathered.validation.build() if recipe.data.validation is not None else None
         stored = cache.Stored(gathered.train.build(), validation, gathered.ledger, gathered.prompts)

@@ -139,11 +139,11 @@ def _object(value: Any, key: str, text: str | None = None) -> Row | Problem:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row: Row = {}
-    for name, value in pairs:
-        if name in row:
-            raise _RepeatedKeyError(f"the key '{name}' stands twice in one object")
-        row[name] = value
+    row: Row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise _RepeatedKeyError(f"the key '{twice}' stands twice in one object")
     return row
 
 

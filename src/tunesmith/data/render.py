@@ -15,16 +15,27 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.core.errors import BugError, DataError, TemplateError
+from tunesmith.core.errors import BugError, DataError, TemplateError, TunesmithError
 from tunesmith.core.types import Dialog, Example, Message, Text, Tokens
 from tunesmith.data.stops import stop_ids
 from tunesmith.data.template import NAMED, ChatTemplate, apply
-from tunesmith.data.tokenizer import Encoded, Tokenizer, Vocabulary, continuation, encode, prefix_length, token_texts, vocabulary
+from tunesmith.data.tokenizer import (
+    Asking,
+    Encoded,
+    Tokenizer,
+    Vocabulary,
+    continuation,
+    encode,
+    prefix_length,
+    together,
+    token_texts,
+    vocabulary,
+)
 from tunesmith.data.views import Chat, Span, View, find_span, find_views
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
-__all__ = ["Rendered", "render", "render_prompt", "stop_ids"]
+__all__ = ["Rendered", "render", "render_many", "render_prompt", "stop_ids"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +71,28 @@ def render(example: Example, template: ChatTemplate, tokenizer: Tokenizer, *, tu
 
     Raises TemplateError (codes in `views`, `spans`, `template`) and DataError ("nothing_trained", "control_token_in_answer").
     """
+    (found,) = render_many([example], template, tokenizer, turns=turns)
+    if isinstance(found, TunesmithError):
+        raise found
+    return found
+
+
+def render_many(
+    examples: Sequence[Example], template: ChatTemplate, tokenizer: Tokenizer, *, turns: Literal["all", "last"] = "all"
+) -> list[list[Rendered] | DataError | TemplateError]:
+    """`render` of every example, with the error in the place of one that cannot be rendered; the texts of all are encoded together."""
+    return together(tokenizer, [_render(example, template, tokenizer, turns) for example in examples])
+
+
+def _render(example: Example, template: ChatTemplate, tokenizer: Tokenizer, turns: Literal["all", "last"]) -> Asking[list[Rendered]]:
     if isinstance(example, Text):
-        return [_text(example, tokenizer)]
+        return [(yield from _text(example, tokenizer))]
     if template.text is None:
-        return [_plain(example, tokenizer)]
+        return [(yield from _plain(example, tokenizer))]
     chat = Chat(example, template, tokenizer)
     done: list[Rendered] = []
     for view in find_views(chat, turns):
-        done += _tokens_of(chat, view)
+        done += yield from _tokens_of(chat, view)
     return done
 
 
@@ -81,13 +106,13 @@ def render_prompt(
     return encode(tokenizer, apply(template, tokenizer, messages, tools, generation_prompt=True)).ids
 
 
-def _tokens_of(chat: Chat, view: View) -> list[Rendered]:
+def _tokens_of(chat: Chat, view: View) -> Asking[list[Rendered]]:
     """The view as tokens; a turn whose border a token straddles goes into a view of its own, tokenised as inference will."""
-    whole = encode(chat.tokenizer, view.text)
+    whole = yield view.text
     fitting: list[tuple[Span, int]] = []
     straddled: list[Span] = []
     for span in view.spans:
-        begin = prefix_length(chat.tokenizer, view.text, whole, span.start)
+        begin = yield from prefix_length(chat.tokenizer, view.text, whole, span.start)
         # A stop token is never part of another; an end mark in ordinary text may be.
         if begin is None or not (span.stop or span.end in whole.ends):
             straddled.append(span)
@@ -98,7 +123,7 @@ def _tokens_of(chat: Chat, view: View) -> list[Rendered]:
         done.append(_build(chat, view, whole, fitting, view.notes))
     for span in straddled:
         alone = span if len(view.spans) == 1 or span.turn == view.count - 1 else _own_span(chat, span)
-        prompt = encode(chat.tokenizer, alone.text[: alone.start])
+        prompt = yield alone.text[: alone.start]
         parts = prompt + continuation(chat.tokenizer, prompt.ids, alone.text[alone.start :])
         own = View(alone.text, span.turn + 1, (alone,))
         done.append(_build(chat, own, parts, [(alone, len(prompt.ids))], (*view.notes, "boundary_retokenised")))
@@ -199,7 +224,7 @@ def _plain_prompt(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]
     return "\n\n".join(message.content for message in messages if message.role == "user" or message.content)
 
 
-def _plain(dialog: Dialog, tokenizer: Tokenizer) -> Rendered:
+def _plain(dialog: Dialog, tokenizer: Tokenizer) -> Asking[Rendered]:
     """Prompt and completion as they stand: the tokenizer's own BOS, the prompt, the completion, EOS."""
     known = vocabulary(tokenizer)
     answer = dialog.messages[-1] if dialog.messages else None
@@ -216,11 +241,11 @@ def _plain(dialog: Dialog, tokenizer: Tokenizer) -> Rendered:
             "the row trains nothing: its answer is empty or has weight 0", where=dialog.key, remedy="remove the row", code="nothing_trained"
         )
     words = context + answer.content
-    encoded = encode(tokenizer, words)
+    encoded = yield words
     notes = []
-    begin = prefix_length(tokenizer, words, encoded, len(context))
+    begin = yield from prefix_length(tokenizer, words, encoded, len(context))
     if begin is None:
-        prompt = encode(tokenizer, context)
+        prompt = yield context
         encoded, begin = prompt + continuation(tokenizer, prompt.ids, answer.content), len(prompt.ids)
         notes.append("boundary_retokenised")
     for name, text in (("control_token_in_prompt", context), ("control_token_in_answer", answer.content)):
@@ -236,13 +261,13 @@ def _plain(dialog: Dialog, tokenizer: Tokenizer) -> Rendered:
     return _framed(dialog.key, words, encoded, begin, answer.weight, notes, tokenizer)
 
 
-def _text(example: Text, tokenizer: Tokenizer) -> Rendered:
+def _text(example: Text, tokenizer: Tokenizer) -> Asking[Rendered]:
     """Running text: every token is learned, and the EOS token that closes it."""
     known = vocabulary(tokenizer)
     if not example.text.strip():
         raise DataError("the text is empty", where=example.key, remedy="remove the row", code="nothing_trained")
     notes = ["control_token_in_answer"] if known.any_special.search(example.text) else []
-    rendered = _framed(example.key, example.text, encode(tokenizer, example.text), 0, 1.0, notes, tokenizer)
+    rendered = _framed(example.key, example.text, (yield example.text), 0, 1.0, notes, tokenizer)
     return replace(rendered, by_role={"text": (int(np.count_nonzero(rendered.tokens.train)), int(np.sum(rendered.tokens.train == 0)))})
 
 

@@ -49,6 +49,12 @@ class _Part:
     answer: bool
 
 
+def is_plain(row: dict[str, Any]) -> bool:
+    """Is the turn one run of words and nothing else: no thinking part, no tags, no calls, no outer white space?"""
+    content = row["content"]
+    return len(row) == 2 and content != "" and content == content.strip() and not _TAGS.search(content)
+
+
 def find_words(rows: Sequence[dict[str, Any]], rendered: str, again: Callable[[list[dict[str, Any]]], str], where: str) -> Found:
     """Words by message index for every assistant turn that has any; `again` renders other rows the same way.
 

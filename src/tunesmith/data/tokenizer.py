@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cache
+from operator import itemgetter
+from typing import Any, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from tunesmith.core.errors import TemplateError
+from tunesmith.core.errors import DataError, TemplateError
+from tunesmith.core.types import content_hash
 
 Tokenizer: TypeAlias = Any
 
@@ -31,6 +34,11 @@ class Encoded:
     def __add__(self, other: Encoded) -> Encoded:
         shift = self.ends[-1] if self.ends else 0
         return Encoded(self.ids + other.ids, self.starts + [s + shift for s in other.starts], self.ends + [e + shift for e in other.ends])
+
+
+# A piece of work that yields a text, is sent its tokens, and goes on; run by `together`.
+Answer = TypeVar("Answer")
+Asking: TypeAlias = Generator[str, Encoded, Answer]
 
 
 @dataclass(frozen=True)
@@ -104,14 +112,63 @@ def _any(words: dict[str, int]) -> re.Pattern[str]:
 
 def encode(tokenizer: Tokenizer, text: str) -> Encoded:
     """The tokens of `text` as it stands: no BOS, no EOS, nothing cut."""
+    return encode_many(tokenizer, [text])[0]
+
+
+def encode_many(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
+    """`encode` of every text, in one call: the tokenizer uses all cores for it and holds no lock of Python's."""
+    backend = tokenizer.backend_tokenizer
+    kind: Any = type(tokenizer)
+    if _is_standard(kind) and _is_bare(backend):
+        return [_encoded(found.ids, found.offsets) for found in backend.encode_batch(texts, add_special_tokens=False)]
+    # A class with a way of its own, or a backend that somebody left with truncation or padding switched on: asked through its door.
     out = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
     )
-    offsets = out["offset_mapping"]
-    return Encoded(list(out["input_ids"]), [start for start, _ in offsets], [end for _, end in offsets])
+    return [_encoded(list(ids), offsets) for ids, offsets in zip(out["input_ids"], out["offset_mapping"], strict=True)]
 
 
-def prefix_length(tokenizer: Tokenizer, text: str, encoded: Encoded, border: int) -> int | None:
+@cache
+def _is_standard(kind: Any) -> bool:
+    from transformers import PreTrainedTokenizerFast
+
+    return all(getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in ("__call__", "_encode_plus"))
+
+
+def _is_bare(backend: Any) -> bool:
+    return backend.truncation is None and backend.padding is None and not backend.encode_special_tokens
+
+
+def _encoded(ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+    return Encoded(ids, list(map(itemgetter(0), offsets)), list(map(itemgetter(1), offsets)))
+
+
+def together(tokenizer: Tokenizer, askers: Sequence[Asking[Answer]]) -> list[Answer | DataError | TemplateError]:
+    """What each asker returns, or the error it ends in; the texts that all of them wait for are encoded in one call."""
+    ends: dict[int, Answer | DataError | TemplateError] = {}
+    answers: list[tuple[int, Encoded | None]] = [(place, None) for place in range(len(askers))]
+    while answers:
+        waiting: list[int] = []
+        texts: list[str] = []
+        for place, answer in answers:
+            try:
+                # The first `send` of a generator takes None.
+                texts.append(askers[place].send(cast(Encoded, answer)))
+                waiting.append(place)
+            except StopIteration as stop:
+                ends[place] = stop.value
+            except (DataError, TemplateError) as error:
+                ends[place] = error
+        answers = list(zip(waiting, encode_many(tokenizer, texts), strict=True)) if texts else []
+    return [ends[place] for place in range(len(askers))]
+
+
+def prefix_length(tokenizer: Tokenizer, text: str, encoded: Encoded, border: int) -> Asking[int | None]:
     """How many of the tokens of `text` are the tokens of text[:border] alone; None when a token straddles the border.
 
     Added tokens cut a text before it is tokenised, so it is enough to compare from the last added token before the border on.
@@ -119,15 +176,15 @@ def prefix_length(tokenizer: Tokenizer, text: str, encoded: Encoded, border: int
     known = vocabulary(tokenizer)
     stop = bisect_right(encoded.ends, border)
     first = next((k for k in range(stop - 1, -1, -1) if encoded.ids[k] in known.added_ids), 0)
-    alone = _alone(tokenizer, known, text[encoded.starts[first] if first else 0 : border])
+    alone = yield from _alone(known, text[encoded.starts[first] if first else 0 : border])
     return first + len(alone) if encoded.ids[first : first + len(alone)] == alone else None
 
 
-def _alone(tokenizer: Tokenizer, known: Vocabulary, text: str) -> list[int]:
+def _alone(known: Vocabulary, text: str) -> Asking[list[int]]:
     # The same few headers stand before every answer; long pieces are the prompts themselves and do not come again.
     ids = known.short.get(text)
     if ids is None:
-        ids = encode(tokenizer, text).ids
+        ids = (yield text).ids
         if len(text) <= 80:
             known.short[text] = ids
             if len(known.short) > _REMEMBERED:
@@ -167,3 +224,13 @@ def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The vocabulary's own writing of each id."""
     return [str(text) for text in tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does: its whole serialised state and its special tokens, wherever it was loaded from."""
+    if tokenizer.is_fast:
+        state: Any = tokenizer.backend_tokenizer.to_str()
+    else:
+        state = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return content_hash([state, special])

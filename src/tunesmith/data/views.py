@@ -12,10 +12,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from tunesmith.core.errors import DataError, TemplateError
 from tunesmith.core.types import Dialog, Message, ToolCall
-from tunesmith.data.spans import Found, Words, find_words
+from tunesmith.data.spans import Found, Words, find_words, is_plain
 from tunesmith.data.stops import call_follow, end_in, find_stops
 from tunesmith.data.template import ChatTemplate, apply_rows, as_rows
 from tunesmith.data.tokenizer import Tokenizer, encode, vocabulary
@@ -45,8 +46,29 @@ class View:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What stands between the generation prompt and a plain answer, and behind the answer, as sentinels proved it for one row.
+
+    `header`: the template knows no generation prompt, so what stands before the answer is learned with it.
+    """
+
+    before: str
+    after: str
+    header: bool
+
+
+Shape = tuple[tuple[str, int], ...]
+_FRAMES = 1000  # remembered of one template
+_known: WeakKeyDictionary[Any, dict[str, dict[Shape, Frame]]] = WeakKeyDictionary()
+
+
 class Chat:
-    """The renderings of one dialog, each made once."""
+    """The renderings of one dialog, each made once.
+
+    Where rows of the same shape were proved before, a row that consists to the last character of its own generation prompt, the same
+    text, its answer and the same text needs no sentinels of its own: nothing is left in it that they could show.
+    """
 
     def __init__(self, dialog: Dialog, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         last = max((k for k, m in enumerate(dialog.messages) if m.role == "assistant"), default=-1)
@@ -56,7 +78,10 @@ class Chat:
         self.template, self.tokenizer = template, tokenizer
         self.rows = as_rows(template, self.messages)
         self._texts: dict[int, str] = {}
+        self._prompts: dict[int, str] = {}
         self._words: dict[int, Found] = {}
+        self._frames = _known.setdefault(tokenizer, {}).setdefault(template.hash, {})
+        self.all_wanted = False  # every answer will be asked for, so each one's text and prompt are needed anyway
 
     def text(self, count: int) -> str:
         """The rendering of the first `count` messages."""
@@ -73,13 +98,52 @@ class Chat:
                 remedy="put a user turn first, or give that turn weight 0",
                 code="assistant_first",
             )
-        return self.apply(self.rows[:turn], generation_prompt=True)
+        if turn not in self._prompts:
+            self._prompts[turn] = self.apply(self.rows[:turn], generation_prompt=True)
+        return self._prompts[turn]
 
     def words(self, count: int) -> Found:
         """Where the assistants' words stand in text(count)."""
         if count not in self._words:
-            self._words[count] = find_words(self.rows[:count], self.text(count), self.apply, self.key)
+            found = self._framed(count) if self.all_wanted else None
+            self._words[count] = found or find_words(self.rows[:count], self.text(count), self.apply, self.key)
         return self._words[count]
+
+    def frame(self, turn: int) -> Frame | None:
+        """The frame of a plain answer in a conversation of this shape, if one was proved."""
+        return self._frames.get(self._shape(turn)) if is_plain(self.rows[turn]) else None
+
+    def learn(self, turn: int, frame: Frame) -> None:
+        """Remember the frame of this shape."""
+        if len(self._frames) < _FRAMES:
+            self._frames.setdefault(self._shape(turn), frame)
+
+    def _shape(self, turn: int) -> Shape:
+        return (*((row["role"], len(row)) for row in self.rows[: turn + 1]), ("tools", len(self.tools)))
+
+    def _framed(self, count: int) -> Found | None:
+        """The words of text(count), when it is its prompt, the frame and a plain answer; None when it is anything else."""
+        turn, text = count - 1, self.text(count)
+        frame = self.frame(turn)
+        if frame is None or turn == 0:
+            return None
+        try:
+            prompt = self.prompt(turn)
+        except TemplateError:
+            return None  # said when the prompt is needed
+        core = self.rows[turn]["content"]
+        if text != f"{prompt}{frame.before}{core}{frame.after}":
+            return None
+        start = len(prompt) + len(frame.before)
+        words = {turn: Words(start, start + len(core))}
+        before = max((k for k in range(turn) if self.messages[k].role == "assistant"), default=None)
+        if before is None:
+            return Found(words, frozenset())
+        earlier = self.words(before + 1)
+        if before not in earlier.words or earlier.dropped:
+            return None
+        end = earlier.words[before].end
+        return Found({**earlier.words, **words}, frozenset()) if text[:end] == self.text(before + 1)[:end] else None
 
     def apply(self, rows: list[dict[str, Any]], *, generation_prompt: bool = False) -> str:
         """The template's text for `rows`, with the row named in its errors."""
@@ -96,6 +160,7 @@ def find_views(chat: Chat, turns: Literal["all", "last"]) -> list[View]:
     "no_stop") and DataError ("nothing_trained").
     """
     wanted = _wanted(chat, turns)
+    chat.all_wanted = len(wanted) == sum(message.role == "assistant" for message in chat.messages)
     last = len(chat.messages) - 1
     together: list[Span] = []
     alone: list[Span] = []
@@ -181,12 +246,23 @@ def find_span(chat: Chat, turn: int, words: Words | None) -> Span:
         )
     if words is not None and words.changed:
         notes.append("answer_rewritten")
-    if not notes and words is not None and prompt == chat.text(turn) and text[start : words.start].strip():
-        # The template knows no generation prompt: the model has to write the header of its turn by itself.
+    if not notes and words is not None and _header_is_trained(chat, turn, text, words):
         notes.append("header_trained")
     if (turn in chat.words(turn + 1).dropped) or (message.thinking and message.thinking.strip() not in trained):
         notes.append("thinking_dropped")
     return Span(turn, message.weight, text, start, end, stop, tuple(notes))
+
+
+def _header_is_trained(chat: Chat, turn: int, view: str, words: Words) -> bool:
+    """Does the template know no generation prompt, so that the model has to write the header of its turn by itself?"""
+    prompt = chat.prompt(turn)
+    before, after = view[len(prompt) : words.start], view[words.end :]
+    frame = chat.frame(turn)
+    if frame is None or (frame.before, frame.after) != (before, after):
+        frame = Frame(before, after, prompt == chat.text(turn) and bool(before.strip()))
+        if is_plain(chat.rows[turn]) and not words.changed and chat.words(turn + 1).words.get(turn) == words:
+            chat.learn(turn, frame)
+    return frame.header
 
 
 def _header_end(chat: Chat, turn: int, view: str, prompt: str, words: Words | None) -> int:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from tunesmith.core.errors import DataError, did_you_mean
@@ -132,11 +133,19 @@ def weight_of(turn: Row, role: str, key: str, field: str) -> float:
 
 def no_near_miss(row: Row, known: Sequence[str], key: str, field: str) -> None:
     """Refuse a key that is nearly one of ours that is not there (`wieght`), because it would be ignored unseen."""
-    absent = [name for name in known if name not in row and len(name) > 3]
-    for name in map(str, row):
+    miss = _near_miss(tuple(map(str, row)), tuple(known))
+    if miss is not None:
+        fail(key, field, "wrong_key", f"unknown key '{miss[0]}'; did you mean '{miss[1]}'?")
+
+
+@lru_cache(maxsize=1024)  # rows of one file have the same few sets of keys
+def _near_miss(names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, str] | None:
+    absent = [name for name in known if name not in names and len(name) > 3]
+    for name in names:
         for ours in difflib.get_close_matches(name, absent, n=1, cutoff=0.8):
             if name not in known and name[:1] == ours[:1]:
-                fail(key, field, "wrong_key", f"unknown key '{name}'; did you mean '{ours}'?")
+                return name, ours
+    return None
 
 
 def led_by_system(row: Row, messages: list[Message], key: str) -> list[Message]:
