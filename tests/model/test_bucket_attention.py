@@ -1,9 +1,21 @@
+"""The CPU kernel against PyTorch's attention, one document at a time, in fp64."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tunesmith.model import bucket_attention as kernel
-from tunesmith.model.layout import Layout
+from tunesmith.model.layout import BLOCK, TAIL, Layout
+
+CPU = torch.device("cpu")
+LENGTHS = {
+    "many": list(range(70, 0, -3)),
+    "alike": [16, 16, 16],
+    "one token": [1],
+    "single tokens": [70, 17, 16, 15, 2, 1, 1, 1],
+    "several blocks": [3 * BLOCK - 7, 2 * BLOCK + 60, 2 * BLOCK, BLOCK + 1, 33, 5],
+    "no filler": [TAIL, TAIL],
+}
 
 
 def inputs(total, heads, keys, width=8, seed=0):
@@ -11,54 +23,90 @@ def inputs(total, heads, keys, width=8, seed=0):
     return [torch.randn(total, h, width, dtype=torch.float64, generator=generator, requires_grad=True) for h in (heads, keys, keys)]
 
 
-def reference(q, k, v, lengths, scale, window):
-    outs, start = [], 0
-    for length in lengths:
-        one = [t[start : start + length].transpose(0, 1)[None] for t in (q, k, v)]
-        far = torch.arange(length)[:, None] - torch.arange(length)[None]
+def reference(q, k, v, layout, scale, window):
+    outs = []
+    for start, stop in layout.spans:
+        one = [t[start:stop].transpose(0, 1)[None] for t in (q, k, v)]
+        far = torch.arange(stop - start)[:, None] - torch.arange(stop - start)[None]
         mask = (far >= 0) & (far < window) if window else far >= 0
         outs.append(F.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
-        start += length
-    return torch.cat(outs)
+    return torch.cat([*outs, torch.zeros(layout.total - layout.real, *q.shape[1:], dtype=q.dtype)])
 
 
-LENGTHS = [list(range(70, 0, -3)), [16, 16, 16], [1], [70, 17, 16, 15, 2, 1, 1]]
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize(("heads", "keys"), [(2, 2), (6, 2), (4, 1)])
-@pytest.mark.parametrize("window", [0, 5])
-@pytest.mark.parametrize("keep", [kernel.KEEP_BYTES, 0])
+@pytest.mark.parametrize("window", [0, 5, 40, BLOCK + 3])
+@pytest.mark.parametrize("keep", [kernel.KEEP_BYTES, 0], ids=["kept", "recomputed"])
 def test_kernel_is_attention_per_document(lengths, heads, keys, window, keep, monkeypatch):
     monkeypatch.setattr(kernel, "KEEP_BYTES", keep)
-    q, k, v = inputs(sum(lengths), heads, keys)
+    layout = Layout(lengths, CPU)
+    q, k, v = inputs(layout.total, heads, keys)
     weight = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(9))
-    layout = Layout(lengths, torch.device("cpu"))
-    ours = kernel.bucket_attention(q, k, v, layout, 0.3, window)
-    theirs = reference(q, k, v, lengths, 0.3, window)
+    ours, theirs = kernel.bucket_attention(q, k, v, layout, 0.3, window), reference(q, k, v, layout, 0.3, window)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad((ours * weight).sum(), (q, k, v)), torch.autograd.grad((theirs * weight).sum(), (q, k, v)), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    mine, truth = (torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, theirs))
+    for a, b in zip(mine, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        assert not bool(a[layout.real :].any())
+    assert not bool(ours[layout.real :].any())
+
+
+def test_kept_and_recomputed_weights_give_the_same_bits(monkeypatch):
+    layout = Layout(LENGTHS["several blocks"], CPU)
+    found = []
+    for keep in (kernel.KEEP_BYTES, 0):
+        monkeypatch.setattr(kernel, "KEEP_BYTES", keep)
+        q, k, v = (t.detach().float().requires_grad_() for t in inputs(layout.total, 4, 2))
+        kernel.bucket_attention(q, k, v, layout, 0.3, 0).square().sum().backward()
+        found.append((q.grad, k.grad, v.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_filler_tokens_may_hold_anything():
+    layout = Layout([40, 3, 1], CPU)
+    q, k, v = (t.detach() for t in inputs(layout.total, 4, 2))
+    before = kernel.bucket_attention(q, k, v, layout, 0.3, 0)
+    for t in (q, k, v):
+        t[layout.real :] = float("nan")
+    assert torch.equal(kernel.bucket_attention(q, k, v, layout, 0.3, 0), before)
 
 
 def test_kernel_gradient_by_finite_differences():
-    q, k, v = inputs(5 + 3, 4, 2, width=3)
-    layout = Layout([5, 3], torch.device("cpu"))
+    layout = Layout([5, 3], CPU)
+    q, k, v = inputs(layout.total, 4, 2, width=3)
     assert torch.autograd.gradcheck(lambda *qkv: kernel.bucket_attention(*qkv, layout, 0.5, 0), (q, k, v))
 
 
-def test_buckets_hold_every_token_once_and_waste_little():
-    lengths = sorted(([3, 200, 60, 61, 100, 199, 1] * 9), reverse=True)
-    layout = Layout(lengths, torch.device("cpu"))
-    index = layout.index(2, 3)
-    rows = index.to_padded[index.back]
-    assert torch.equal(rows, torch.arange(sum(lengths) * 6))
-    assert len(index.to_padded) == len(index.back) + len(index.filler)
-    assert len(index.filler) < 0.25 * len(index.back)
+@pytest.mark.parametrize(("heads", "waste"), [(None, 0.5), ((2, 3), 0.2)], ids=["keys", "queries"])
+def test_buckets_hold_every_token_once_and_waste_little(heads, waste):
+    layout = Layout(sorted(([3, 200, 60, 61, 100, 199, 1, 300] * 9), reverse=True), CPU)
+    index = layout.keys(2) if heads is None else layout.queries(*heads)
+    real, padded = layout.real * index.heads, len(index.to_padded)
+    assert torch.equal(index.to_padded[index.back[:real]], torch.arange(real))
+    assert set(index.back[real:].tolist()) <= {padded}
+    assert padded == real + len(index.filler)
+    assert len(index.filler) < waste * real
+
+
+def test_blocks_cover_the_rows_of_every_document_once():
+    layout = Layout(LENGTHS["several blocks"], CPU)
+    seen = [set() for _ in layout.lengths]
+    for block in layout.blocks:
+        for number in range(block.bucket.first + block.first, block.bucket.first + block.last):
+            rows = set(range(block.low, min(block.high, layout.lengths[number])))
+            assert not rows & seen[number]
+            seen[number] |= rows
+            assert block.high <= block.bucket.width
+    assert seen == [set(range(length)) for length in layout.lengths]
+
+
+def test_the_number_of_tokens_is_rounded_up_on_a_cpu_and_positions_restart():
+    layout = Layout([40, 3, 1], CPU)
+    assert (layout.real, layout.total) == (44, 64)
+    assert layout.positions.tolist() == [*range(40), *range(3), 0, *[0] * 20]
+    assert layout.cumulative.tolist() == [0, 40, 43, 44]
 
 
 def test_layout_wants_the_longest_first():
     with pytest.raises(ValueError, match="longest first"):
-        Layout([3, 5], torch.device("cpu"))
+        Layout([3, 5], CPU)

@@ -8,6 +8,8 @@ Shapes: query [1, H, N, D], key and value [1, K, N, D], result [1, N, H, D].
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,7 +59,9 @@ def _mask(*, config: Any, use_vmap: bool = False, local_size: int | None = None,
         return mask
     # A chunked mask arrives as a local size too, and a custom mask as use_vmap: neither is a window.
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    return torch.full((1, 1, 1, 1), _UNKNOWN_MASK if use_vmap or (chunked and local_size) else (local_size or 0))
+    width = _UNKNOWN_MASK if use_vmap or (chunked and local_size) else (local_size or 0)
+    # On the CPU whatever the default device is: every layer reads it, and must not wait for a GPU to do so.
+    return torch.tensor([[[[width]]]], device="cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +102,7 @@ def attend(
     """
     if tunesmith_layout is None:
         return _outside(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, position_bias, rest)
-    window = _window(attention_mask, sliding_window)
+    window = window_of(attention_mask, sliding_window)
     if position_bias is not None:
         raise LayoutError("position bias")
     if query.shape[0] != 1 or query.shape[2] != tunesmith_layout.total or key.shape[2] != query.shape[2]:
@@ -126,7 +130,7 @@ def _outside(
     return out, None
 
 
-def _window(marker: Tensor | None, sliding_window: int | None) -> int:
+def window_of(marker: Tensor | None, sliding_window: int | None) -> int:
     if marker is None or marker.numel() != 1 or marker.is_floating_point():
         raise LayoutError("the mask did not come through AttentionMaskInterface")
     window = int(marker)
@@ -137,33 +141,40 @@ def _window(marker: Tensor | None, sliding_window: int | None) -> int:
     return window
 
 
+@functools.cache
+def _grouped() -> bool:
+    """Whether the variable-length kernel takes fewer key heads than query heads (since torch 2.12)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: Form) -> Tensor:
-    """Half precision on CUDA: PyTorch's variable-length flash attention.
+    """Half precision on CUDA: PyTorch's variable-length flash attention; boundaries and longest length are the layout's, not read back.
 
     Written without a GPU at hand and not yet run on one: the load-time probe decides whether it is used.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    group = q.shape[1] // k.shape[1]
-    if group > 1:  # `enable_gqa` came with torch 2.12; repeating works with all
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     ends, longest = layout.cumulative, layout.lengths[0]
     window = (form.window - 1, 0) if form.window else (-1, 0)
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=form.scale, window_size=window)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and not _grouped():
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    extra: dict[str, Any] = {"enable_gqa": True} if group > 1 and _grouped() else {}
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=form.scale, window_size=window, **extra)
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
-    return out[None]
+    return out.unsqueeze(0)
 
 
 def _documents(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: Form) -> Tensor:
-    """Short documents through the bucket kernel where it can, all others one by one."""
-    bucketed = not query.is_cuda and form.simple and value.shape[-1] == query.shape[-1]
-    spans = layout.long if bucketed else layout.spans
-    outs = [one_document(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], form, layout) for a, b in spans]
-    if bucketed and layout.buckets:
-        q, k, v = (t[:, :, layout.short_start :].squeeze(0).transpose(0, 1) for t in (query, key, value))
-        outs.append(bucket_attention(q, k, v, layout, form.scale, form.window)[None])
-    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+    """The bucket kernel where it can, else the documents one by one."""
+    if not query.is_cuda and form.simple and value.shape[-1] == query.shape[-1]:
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+        return bucket_attention(q, k, v, layout, form.scale, form.window)[None]
+    outs = [one_document(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], form, layout) for a, b in layout.spans]
+    return torch.cat([*outs, outs[0].new_zeros(1, layout.total - layout.real, *outs[0].shape[2:])], 1)
 
 
 def one_document(query: Tensor, key: Tensor, value: Tensor, form: Form, layout: Layout) -> Tensor:

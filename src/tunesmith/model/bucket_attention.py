@@ -1,7 +1,8 @@
-"""The CPU kernel: short documents in padded buckets, one chain of batched products a bucket, with its own backward.
+"""The CPU kernel: documents of similar length in padded buckets, one chain of batched products a block of query rows.
 
-Grouped-query heads are folded into the rows: the scores of a bucket are [documents * K, G * L, L]. Filler rows copy the
-last real row of their document: causality hides them from real queries, and their output gradient is set to zero.
+Grouped-query heads are folded into the rows: the scores of a block are [documents * K, G * rows, keys up to the block's end].
+Filler rows copy the last real row of their document: causality hides them from real queries, and their output gradient is
+set to zero.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.model.layout import Bucket, Layout
+from tunesmith.model.layout import STEP, Block, Layout
 
 KEEP_BYTES = 64 << 20  # attention weights of one layer above this size are computed again in the backward pass
 
 
 def bucket_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
-    """Causal attention [n, H, D] x [n, K, D] -> [n, H, D] of the layout's n short tokens; `window` 0 looks back without limit."""
+    """Causal attention [N, H, D] x [N, K, D] -> [N, H, D] inside each document; `window` 0 looks back without limit."""
     with torch.autocast(query.device.type, enabled=False):
         return _bucket_attention(query, key, value, layout, scale, window)
 
@@ -29,20 +30,11 @@ class _BucketAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
         n, heads, width = query.shape
         keys = key.shape[1]
-        group = heads // keys
-        rows, key_rows = layout.index(keys, group), layout.index(keys, 1)
+        rows, key_rows = layout.queries(keys, heads // keys), layout.keys(keys)
         q = query.reshape(n * heads, width).index_select(0, rows.to_padded).mul_(scale)
         k = key.reshape(n * keys, width).index_select(0, key_rows.to_padded)
         v = value.reshape(n * keys, width).index_select(0, key_rows.to_padded)
-        out = torch.empty_like(q)
-        size = sum(b.documents * heads * b.width * b.width for b in layout.buckets) * q.element_size()
-        kept = []
-        for bucket in layout.buckets:
-            qb, kb, vb = (_cut(t, bucket, keys, g) for t, g in ((q, group), (k, 1), (v, 1)))
-            weights = _weights(qb, kb, window)
-            torch.bmm(weights, vb, out=_cut(out, bucket, keys, group))
-            if size <= KEEP_BYTES:
-                kept.append(weights)
+        out, kept = attend_padded(q, k, v, layout, keys, heads // keys, window)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.layout, ctx.scale, ctx.window, ctx.shape = layout, scale, window, (n, heads, keys, width)
         return out.index_select(0, rows.back).view(n, heads, width)
@@ -51,19 +43,9 @@ class _BucketAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         n, heads, keys, width = ctx.shape
-        group = heads // keys
-        rows, key_rows = ctx.layout.index(keys, group), ctx.layout.index(keys, 1)
+        rows, key_rows = ctx.layout.queries(keys, heads // keys), ctx.layout.keys(keys)
         do = grads[0].reshape(n * heads, width).index_select(0, rows.to_padded).index_fill_(0, rows.filler, 0.0)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for i, bucket in enumerate(ctx.layout.buckets):
-            qb, kb, vb = (_cut(t, bucket, keys, g) for t, g in ((q, group), (k, 1), (v, 1)))
-            dob = _cut(do, bucket, keys, group)
-            weights = kept[i] if kept else _weights(qb, kb, ctx.window)
-            torch.bmm(weights.transpose(1, 2), dob, out=_cut(dv, bucket, keys, 1))
-            ds = torch.bmm(dob, vb.transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(ds, weights, -1, weights.dtype)
-            torch.bmm(ds, kb, out=_cut(dq, bucket, keys, group))
-            torch.bmm(ds.transpose(1, 2), qb, out=_cut(dk, bucket, keys, 1))
+        dq, dk, dv = attend_padded_backward(do, q, k, v, kept, ctx.layout, keys, heads // keys, ctx.window)
         dq = dq.index_select(0, rows.back).mul_(ctx.scale).view(n, heads, width)
         dk, dv = (t.index_select(0, key_rows.back).view(n, keys, width) for t in (dk, dv))
         return dq, dk, dv, None, None, None
@@ -72,25 +54,81 @@ class _BucketAttention(torch.autograd.Function):
 _bucket_attention: Callable[..., Tensor] = _BucketAttention.apply
 
 
-def _cut(flat: Tensor, bucket: Bucket, keys: int, group: int) -> Tensor:
-    """The bucket's part of the padded rows as a view [documents * K, G * L, D]."""
-    start = bucket.start * keys * group
-    stop = start + bucket.documents * keys * group * bucket.width
-    return flat[start:stop].view(bucket.documents * keys, group * bucket.width, flat.shape[1])
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, keys: int, group: int, window: int) -> tuple[Tensor, list[Tensor]]:
+    """Attention of rows in padded order, q scaled already; with the attention weights when they are few enough to keep.
+
+    The result, as the gradients below, has a row of zeros behind the last one.
+    """
+    out, kept = _room(q), []
+    size = sum(b.documents * b.rows * (b.high - _lowest(b, window)) for b in layout.blocks) * keys * group
+    keep = size * q.element_size() <= KEEP_BYTES
+    for block in layout.blocks:
+        low = _lowest(block, window)
+        at, shape = _rows(block, keys, group, q.shape[1])
+        weights = _weights(q[at].view(shape), _keys(k, block, keys, low), block, low, window)
+        torch.bmm(weights, _keys(v, block, keys, low), out=out[at].view(shape))
+        if keep:
+            kept.append(weights)
+    return out, kept
 
 
-def _weights(q: Tensor, k: Tensor, window: int) -> Tensor:
-    """softmax(q k^T) over what each row may see, [documents * K, G * L, L]; q is scaled already."""
-    width = k.shape[1]
+def attend_padded_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], layout: Layout, keys: int, group: int, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend_padded` with respect to the scaled q, k and v, in padded order; `do` is zero on filler rows."""
+    dq, dk, dv = _room(q), _room(k).zero_(), _room(v).zero_()
+    for i, block in enumerate(layout.blocks):
+        low = _lowest(block, window)
+        at, shape = _rows(block, keys, group, q.shape[1])
+        qb, dob = q[at].view(shape), do[at].view(shape)
+        kb, vb, dkb, dvb = (_keys(t, block, keys, low) for t in (k, v, dk, dv))
+        weights = kept[i] if kept else _weights(qb, kb, block, low, window)
+        ds = torch.bmm(dob, vb.transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data(ds, weights, -1, weights.dtype)
+        torch.bmm(ds, kb, out=dq[at].view(shape))
+        dvb.baddbmm_(weights.transpose(1, 2), dob)
+        dkb.baddbmm_(ds.transpose(1, 2), qb)
+    return dq, dk, dv
+
+
+def _room(rows: Tensor) -> Tensor:
+    room = rows.new_empty(len(rows) + 1, rows.shape[1])
+    room[-1].zero_()
+    return room
+
+
+def _lowest(block: Block, window: int) -> int:
+    """The first key that any row of the block sees, rounded down to where shapes repeat."""
+    return max(0, block.low - window + 1) // STEP * STEP if window else 0
+
+
+def _rows(block: Block, keys: int, group: int, width: int) -> tuple[slice, tuple[int, int, int]]:
+    """Where the block's query rows stand, and their shape [documents * K, G * rows, D]."""
+    heads, rows = keys * group, block.documents * block.rows
+    return slice(block.start * heads, (block.start + rows) * heads), (block.documents * keys, group * block.rows, width)
+
+
+def _keys(flat: Tensor, block: Block, keys: int, low: int) -> Tensor:
+    """The keys in the block's sight as a view [documents * K, keys from low on, D]."""
+    bucket = block.bucket
+    whole = flat[bucket.start * keys : (bucket.start + bucket.documents * bucket.width) * keys]
+    return whole.view(-1, bucket.width, flat.shape[1])[block.first * keys : block.last * keys, low : block.high]
+
+
+def _weights(q: Tensor, k: Tensor, block: Block, low: int, window: int) -> Tensor:
+    """softmax(q k^T) over what each row may see: [documents * K, G * rows, keys]."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    scores.view(-1, width, width).add_(_bias(width, window, q.dtype))
+    seen, offset = scores.view(-1, block.rows, k.shape[1]), block.low - low
+    if window:
+        seen.add_(_bias(block.rows, k.shape[1], offset, window, q.dtype))
+    else:
+        seen[:, :, offset:].add_(_bias(block.rows, block.rows, 0, 0, q.dtype))
     return torch.softmax(scores, -1)
 
 
-@functools.lru_cache(maxsize=64)
-def _bias(width: int, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where a query may look, minus infinity elsewhere: [L, L]."""
-    i = torch.arange(width)
-    far = i[:, None] - i[None, :]
+@functools.lru_cache(maxsize=256)
+def _bias(rows: int, width: int, offset: int, window: int, dtype: torch.dtype) -> Tensor:
+    """0 where a query may look, minus infinity elsewhere: [rows, keys]; query i stands at key i + offset."""
+    far = torch.arange(rows)[:, None] + offset - torch.arange(width)[None, :]
     hidden = (far < 0) | (far >= window) if window else far < 0
-    return torch.zeros(width, width, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(rows, width, dtype=dtype).masked_fill_(hidden, float("-inf"))

@@ -88,11 +88,12 @@ def _alike(spans: Sequence[Span]) -> list[list[Span]]:
 
 def _packed(batch: Batch, spans: Sequence[Span], device: torch.device) -> Pass:
     layout = Layout([span.inputs for span in spans], device)
-    ids = np.concatenate([batch.ids[span.start : span.stop] for span in spans]).astype(np.int64)
+    tail = layout.total - layout.real
+    ids = np.concatenate([*(batch.ids[span.start : span.stop] for span in spans), np.zeros(tail, np.int32)]).astype(np.int64)
     index, rows = _places(batch, spans, layout.starts)
-    lengths = np.repeat([span.length for span in spans], layout.lengths).astype(np.float32)
+    lengths = np.repeat([*(span.length for span in spans), 1], [*layout.lengths, tail]).astype(np.float32)
     arguments = {"position_ids": layout.positions[None], "tunesmith_layout": layout}
-    return Pass(_send(ids, device)[None], arguments, _send(lengths, device)[None], index, _send(rows, device), layout)
+    return Pass(send(ids, device)[None], arguments, send(lengths, device)[None], index, send(rows, device), layout)
 
 
 def _padded(batch: Batch, spans: Sequence[Span], device: torch.device, side: str) -> Pass:
@@ -107,10 +108,10 @@ def _padded(batch: Batch, spans: Sequence[Span], device: torch.device, side: str
     arguments: dict[str, Any] = {}
     if side == "left":
         mask = np.arange(width)[None] >= offsets[:, None]
-        arguments = {"attention_mask": _send(mask.astype(np.int64), device)}
-        arguments["position_ids"] = _send(np.maximum(np.cumsum(mask, 1) - 1, 0), device)
+        arguments = {"attention_mask": send(mask.astype(np.int64), device)}
+        arguments["position_ids"] = send(np.maximum(np.cumsum(mask, 1) - 1, 0), device)
     lengths = np.array([[span.length] for span in spans], np.float32)
-    return Pass(_send(ids, device), arguments, _send(lengths, device), index, _send(rows, device))
+    return Pass(send(ids, device), arguments, send(lengths, device), index, send(rows, device))
 
 
 def _places(batch: Batch, spans: Sequence[Span], starts: Ints) -> tuple[Ints, Ints]:
@@ -125,5 +126,7 @@ def _places(batch: Batch, spans: Sequence[Span], starts: Ints) -> tuple[Ints, In
     return np.concatenate(index), np.concatenate(rows)
 
 
-def _send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+def send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array on `device`; the way to a GPU goes through pinned memory, so that the host does not wait for the copy."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

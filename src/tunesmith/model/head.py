@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-TILE_BYTES = 4 << 20  # of fp32 logits: small enough to stay near the cache of one core
-GPU_TILE_BYTES = 512 << 20
-LEAST_ROWS = 64  # fewer would starve the matrix product
+from tunesmith.model import gradients
+
+TILE_BYTES = 32 << 20  # of logits in the dtype of the products
+GPU_TILE_BYTES = 256 << 20
+LEAST_ROWS, MOST_ROWS = 64, 256  # on a CPU: fewer would starve the matrix product (weights are read once a tile), more gain nothing
+ROUND = 32  # on a CPU the number of rows is made a multiple of this: every new one costs a kernel made for it
+VOCABULARY_STRIP = 8_192  # entries whose weight gradient is summed at a time
+STRIP_BYTES = 3 << 20  # of fp32 logits: what the softmax works on at a time stays in the cache of a core
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +33,19 @@ class HeadForm:
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, hint: Tensor, form: HeadForm, dtype: torch.dtype
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, dtype: torch.dtype, narrow: Tensor | None = None
 ) -> Tensor:
     """log softmax(logits)[targets] as [K] in fp32 (fp64 for fp64 inputs), differentiable in hidden, weight and bias.
 
-    `hint` [K]: the objective's likely weights of the rows. When the incoming gradient turns out proportional to it, as with
-    the likelihood, the weight's gradient is already there; otherwise the tiles are computed once more. Products run in `dtype`.
+    Products run in `dtype`; `narrow` is the weight in it, where the caller has it at hand.
     """
-    need = torch.is_grad_enabled() and (hidden.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad))
+    rows, tail = len(targets), -len(targets) % ROUND if hidden.device.type == "cpu" else 0
+    if tail:
+        hidden, targets = F.pad(hidden, (0, 0, 0, tail)), F.pad(targets, (0, tail))
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    need = (hidden.requires_grad, trains) if torch.is_grad_enabled() else (False, False)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _token_logprobs(hidden, weight, bias, targets, hint, form, dtype, need or (False, False))
+        return _token_logprobs(hidden, weight, bias, targets, form, dtype, narrow, need)[:rows]
 
 
 def plain_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,121 +57,121 @@ def plain_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, hint: Tensor,
-        form: HeadForm, dtype: torch.dtype, need: tuple[bool, bool],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        form: HeadForm, dtype: torch.dtype, narrow: Tensor | None, need: tuple[bool, bool],
     ) -> Tensor:  # fmt: skip
-        h, tile = hidden.to(dtype), _Tile(weight, bias, len(targets), form, dtype)
+        h, tile = hidden.to(dtype), _Tile(weight if narrow is None else narrow, bias, len(targets), form, dtype)
         logp = torch.empty(len(targets), dtype=tile.wide, device=h.device)
         d_hidden = torch.empty_like(h) if need[0] else None
-        sums = _Sums(weight, bias) if need[1] else None
+        slopes = []
         for a, b in tile.spans:
-            logp[a:b] = tile.fill(h[a:b], targets[a:b])
-            if d_hidden is None and sums is None:
-                continue
-            slope = tile.slope(targets[a:b])
+            slope = tile.work(h[a:b], targets[a:b], logp[a:b], need[0] or need[1])
             if d_hidden is not None:
                 torch.mm(slope, tile.weight, out=d_hidden[a:b])
-            if sums is not None:
-                sums.add(slope, h[a:b], hint[a:b])
-        ctx.form, ctx.dtype, ctx.sums, ctx.hidden_dtype = form, dtype, sums, hidden.dtype
-        ctx.save_for_backward(hidden if sums is not None else None, weight, bias, targets, hint, d_hidden)
+            if need[1]:
+                slopes.append(slope)
+                tile.renew()
+        ctx.trains, ctx.used = need[1], False
+        ctx.slopes, ctx.spans, ctx.weight, ctx.bias, ctx.hidden_dtype = slopes, tile.spans, weight, bias, hidden.dtype
+        ctx.save_for_backward(h if need[1] else None, d_hidden)
         return logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        hidden, weight, bias, targets, hint, d_hidden = ctx.saved_tensors
+        h, d_hidden = ctx.saved_tensors
         dh = dw = db = None
         if d_hidden is not None:
-            dh = (d_hidden * g.to(d_hidden.dtype)[:, None]).to(ctx.hidden_dtype)
-        if ctx.sums is not None:
-            ratio = _ratio(g, hint)
-            dw, db = _again(ctx, hidden, weight, bias, targets, g) if ratio is None else ctx.sums.times(ratio)
+            dh = (d_hidden * g.to(ctx.hidden_dtype)[:, None]).to(ctx.hidden_dtype)
+        if ctx.trains:
+            if ctx.used:
+                raise RuntimeError("a second backward pass through the same head")
+            dw, db = _weight_gradients(ctx, h, g)
         return dh, dw, db, None, None, None, None, None
+
+
+def _weight_gradients(ctx: Any, h: Tensor, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """slope^T (g h) and slope^T g, a strip of the vocabulary at a time, so that the sums stay in the cache."""
+    weight, bias, slopes = ctx.weight, ctx.bias, ctx.slopes
+    ctx.slopes, ctx.used = [], True
+    dw = db = None
+    if weight.requires_grad:
+        weighted = [h[a:b] * g[a:b, None].to(h.dtype) for a, b in ctx.spans]
+        added = gradients.is_direct(weight)
+        dw = gradients.room(weight) if added else torch.zeros_like(weight)
+        for first in range(0, weight.shape[0], VOCABULARY_STRIP):
+            strip = slice(first, first + VOCABULARY_STRIP)
+            total = (slopes[0][:, strip].t() @ weighted[0]).to(weight.dtype)
+            for slope, rows in zip(slopes[1:], weighted[1:], strict=True):
+                total += slope[:, strip].t() @ rows
+            dw[strip] += total
+        dw = None if added else dw
+    if bias is not None and bias.requires_grad:
+        db = torch.zeros_like(bias)
+        for slope, (a, b) in zip(slopes, ctx.spans, strict=True):
+            db += g[a:b].to(bias.dtype) @ slope.to(bias.dtype)
+    return dw, db
 
 
 _token_logprobs: Callable[..., Tensor] = _TokenLogprobs.apply
 
 
 class _Tile:
-    """Room for the logits of a few rows, used again for every tile; fp32 at least, whatever the products run in."""
+    """Room for the logits of some rows, used again for every tile; the softmax runs in strips of it, in fp32 at least."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, form: HeadForm, dtype: torch.dtype) -> None:
         self.weight, self.form = weight.to(dtype), form
         self.bias = None if bias is None else bias.to(dtype)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        size = GPU_TILE_BYTES if weight.is_cuda else TILE_BYTES
-        step = min(rows, max(LEAST_ROWS, size // (4 * weight.shape[0]) // 16 * 16))
-        self.spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]
-        shape = (step, weight.shape[0])
-        self._narrow = torch.empty(shape, dtype=dtype, device=weight.device)
-        self._logits = self._narrow if dtype == self.wide else torch.empty(shape, dtype=self.wide, device=weight.device)
-        self._chance = torch.empty(shape, dtype=self.wide, device=weight.device)
-        self._steep: Tensor | None = None
-
-    def fill(self, h: Tensor, targets: Tensor) -> Tensor:
-        """The logits of rows `h`, their softmax, and the log-probabilities of the targets."""
-        narrow, z, chance = (t[: len(h)] for t in (self._narrow, self._logits, self._chance))
-        if self.bias is None:
-            torch.mm(h, self.weight.t(), out=narrow)
+        width = weight.shape[0]
+        if weight.is_cuda:
+            step = strip = max(LEAST_ROWS, GPU_TILE_BYTES // (4 * width) // 16 * 16)
         else:
-            torch.addmm(self.bias, h, self.weight.t(), out=narrow)
-        if z.dtype != narrow.dtype:
-            z.copy_(narrow)
+            step = min(max(LEAST_ROWS, TILE_BYTES // (dtype.itemsize * width) // 16 * 16), MOST_ROWS)
+            strip = max(2, STRIP_BYTES // (4 * width))
+        step = min(rows, step)
+        self.spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]
+        self._strip = min(strip, step)
+        self._logits = torch.empty(step, width, dtype=dtype, device=weight.device)
+        self._chance = torch.empty(self._strip, width, dtype=self.wide, device=weight.device)
+        self._wide = self._chance if dtype == self.wide else torch.empty_like(self._chance)
+
+    def renew(self) -> None:
+        """Another room for logits, because the last one is kept."""
+        self._logits = torch.empty_like(self._logits)
+
+    def work(self, h: Tensor, targets: Tensor, logp: Tensor, slope: bool) -> Tensor:
+        """Write the log-probabilities of the targets for rows `h`; returns d logp / d (h @ weight.T + bias) where `slope` is wanted."""
+        logits = self._logits[: len(h)]
+        if self.bias is None:
+            torch.mm(h, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=logits)
+        for a in range(0, len(h), self._strip):
+            b = min(a + self._strip, len(h))
+            self._soften(logits[a:b], targets[a:b, None], logp[a:b], slope)
+        return logits
+
+    def _soften(self, logits: Tensor, targets: Tensor, logp: Tensor, slope: bool) -> None:
+        """One strip: log-probabilities, and in place of the logits one-hot minus softmax, through cap and scale."""
+        z = logits if logits.dtype == self.wide else self._wide[: len(logits)].copy_(logits)
         if self.form.scale != 1.0:
             z.mul_(self.form.scale)
         if self.form.cap is not None:
-            self._steep = z.div_(self.form.cap).tanh_().clone()
+            z.div_(self.form.cap).tanh_()
+        steep = 1 - z * z if self.form.cap is not None and slope else None
+        if self.form.cap is not None:
             z.mul_(self.form.cap)
-        torch.softmax(z, -1, out=chance)
+        chance = torch.softmax(z, -1, out=self._chance[: len(logits)])
         # log of the sum of exponentials from the largest entry, whose probability is at least 1 / V: exact to rounding, and
         # several times faster than torch.logsumexp.
         total = z.amax(-1) - chance.amax(-1).log()
-        return z.gather(1, targets[:, None])[:, 0] - total
-
-    def slope(self, targets: Tensor) -> Tensor:
-        """d logp[target] / d (h @ weight.T + bias) of the rows filled last: one-hot minus softmax, through cap and scale."""
-        d = self._chance[: len(targets)].neg_()
-        d.scatter_add_(1, targets[:, None], d.new_ones(len(targets), 1))
-        if self._steep is not None:
-            d.mul_(1 - self._steep * self._steep)
+        logp.copy_(z.gather(1, targets)[:, 0] - total)
+        if not slope:
+            return
+        chance.neg_().scatter_add_(1, targets, chance.new_ones(len(targets), 1))
+        if steep is not None:
+            chance.mul_(steep)
         if self.form.scale != 1.0:
-            d.mul_(self.form.scale)
-        return d if d.dtype == self._narrow.dtype else self._narrow[: len(targets)].copy_(d)
-
-
-class _Sums:
-    """Gradients of weight and bias, summed over the tiles with a weight per row, in the parameters' own precision."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = torch.zeros_like(weight)
-        self.bias = None if bias is None else torch.zeros_like(bias)
-
-    def add(self, slope: Tensor, h: Tensor, rows: Tensor) -> None:
-        weighted = h * rows.to(h.dtype)[:, None]
-        if slope.dtype == self.weight.dtype:
-            self.weight.addmm_(slope.t(), weighted)
-        else:
-            self.weight += slope.t() @ weighted
-        if self.bias is not None:
-            self.bias += rows.to(self.bias.dtype) @ slope.to(self.bias.dtype)
-
-    def times(self, ratio: float) -> tuple[Tensor, Tensor | None]:
-        return self.weight * ratio, None if self.bias is None else self.bias * ratio
-
-
-def _ratio(grad: Tensor, hint: Tensor) -> float | None:
-    """c with grad = c * hint up to rounding, or None."""
-    slack = 4 * torch.finfo(grad.dtype).eps
-    top = hint.abs().argmax()
-    ratio = (grad[top].double() / hint[top].double()).item()
-    close = (grad.double() - hint.double() * ratio).abs().max() <= slack * grad.abs().max()
-    return ratio if bool(close) else None
-
-
-def _again(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
-    h, tile, sums = hidden.to(ctx.dtype), _Tile(weight, bias, len(targets), ctx.form, ctx.dtype), _Sums(weight, bias)
-    for a, b in tile.spans:
-        tile.fill(h[a:b], targets[a:b])
-        sums.add(tile.slope(targets[a:b]), h[a:b], g[a:b])
-    return sums.times(1.0)
+            chance.mul_(self.form.scale)
+        logits.copy_(chance)

@@ -1,44 +1,87 @@
 """How the documents of one forward pass lie: end to end, with what attention needs to keep them apart.
 
-N tokens, R rows of the padded buckets, H query heads, K key heads, G = H / K, L width of a bucket.
+N tokens (with filler at the end, so that few values of N occur: every new one costs a CPU kernels made for it, and memory to keep
+them), R rows of the padded buckets, H query heads, K key heads, G = H / K, L width of a bucket.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-LONG = 768  # documents from here on go through SDPA one by one: the padded product loses against it on a CPU
-STEP = 16  # bucket widths are multiples of this
-TIGHT = 0.75  # a document shorter than this part of the bucket's width opens a new bucket
+TAIL = 64  # on a CPU the number of tokens is made a multiple of this
+STEP = 16  # widths and heights are multiples of this
+BLOCK = 128  # query rows that are done at once: what lies right of a block of rows is never computed
+SPREAD = 0.25  # a document shorter than this part of a bucket's width opens a new bucket (its keys would be mostly filler)
+FULL = 0.5  # documents whose rows fill less than this part of a block's height open a block of their own
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Documents of similar length, padded to `width`; `start` is the first row in the padded order."""
+    """Documents whose keys are padded to one `width`; `first` counts documents, `start` padded key rows before it."""
 
+    first: int
     documents: int
     width: int
     start: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Query rows `low` to `high` of the documents `first` to `last` of a bucket; `start` counts padded query rows before it."""
+
+    bucket: Bucket
+    first: int
+    last: int
+    low: int
+    high: int
+    start: int
+
+    @property
+    def documents(self) -> int:
+        return self.last - self.first
+
+    @property
+    def rows(self) -> int:
+        return self.high - self.low
+
+
+@dataclass(frozen=True, eq=False)
 class HeadIndex:
-    """Row numbers that carry [n * heads, D] to the padded buckets, the way back, and which padded rows are filler."""
+    """Row numbers that carry [N * heads, D] to the padded buckets, the way back, and which padded rows are filler.
+
+    The way back starts from one row more than there are padded ones, a row of zeros for the filler tokens. `swapped` and
+    `swapped_back` do the same with [N * heads * 2, D / 2], the halves of every row exchanged.
+    """
 
     to_padded: Tensor
     back: Tensor
     filler: Tensor
+    heads: int
+
+    @functools.cached_property
+    def swapped(self) -> Tensor:
+        """Half rows to the padded buckets, exchanged."""
+        return _halves(self.to_padded)
+
+    @functools.cached_property
+    def swapped_back(self) -> Tensor:
+        """Half rows of the padded buckets on their way back, exchanged."""
+        return _halves(self.back)
 
 
 class Layout:
     """Documents end to end, longest first; computed once for a forward pass and shared by all layers.
 
-    `lengths` in descending order. `positions` [N] restarts at 0 with each document.
+    `lengths` in descending order, of `real` tokens together; `total` is N. `positions` [N] restarts at 0 with each document.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -47,15 +90,19 @@ class Layout:
         self.lengths = tuple(int(n) for n in lengths)
         self.device = device
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self.total = int(self.starts[-1])
-        self.positions = torch.from_numpy(np.concatenate([np.arange(n) for n in self.lengths])).to(device)
+        self.real = int(self.starts[-1])
+        self.total = -(-self.real // TAIL) * TAIL if device.type == "cpu" else self.real
+        # Filler stands at position 0: rotary angles may depend on the largest position in sight.
+        places = [*(np.arange(n) for n in self.lengths), np.zeros(self.total - self.real, np.int64)]
+        self.positions = torch.from_numpy(np.concatenate(places)).to(device)
         self.spans = tuple((int(s), int(s) + n) for s, n in zip(self.starts, self.lengths, strict=False))
-        self.long = tuple(span for span in self.spans if span[1] - span[0] >= LONG)
-        self.short_start = int(self.starts[len(self.long)])
-        self._rows, self._real, self.buckets = _bucket(self.lengths[len(self.long) :])
-        self._grouped: dict[tuple[int, int], HeadIndex] = {}
+        self.buckets = _buckets(self.lengths)
+        self.blocks = _blocks(self.lengths, self.buckets)
+        self._queries: dict[tuple[int, int], HeadIndex] = {}
+        self._keys: dict[int, HeadIndex] = {}
         self._seen: dict[tuple[int, int], Tensor] = {}
         self._cumulative: Tensor | None = None
+        self.kept: dict[Any, Any] = {}  # what layers work out once for all of them, e.g. rotary tables
 
     @property
     def cumulative(self) -> Tensor:
@@ -72,45 +119,72 @@ class Layout:
             self._seen[length, window] = (far >= 0) & (far < window) if window else far >= 0
         return self._seen[length, window]
 
-    def index(self, keys: int, group: int) -> HeadIndex:
-        """Rows of the short documents for K key heads with `group` query heads each, ordered [document, K, G, L]."""
-        if (keys, group) not in self._grouped:
-            self._grouped[keys, group] = self._build(keys, group)
-        return self._grouped[keys, group]
+    def queries(self, keys: int, group: int) -> HeadIndex:
+        """Rows for K key heads with `group` query heads each; inside a block ordered [document, K, G, row]."""
+        if (keys, group) not in self._queries:
+            parts = [self._rows(b.bucket.first + b.first, b.documents, b.low, b.high, keys * group) for b in self.blocks]
+            self._queries[keys, group] = self._index(parts, keys * group)
+        return self._queries[keys, group]
 
-    def _build(self, keys: int, group: int) -> HeadIndex:
-        heads = keys * group
-        parts, filler = [], []
-        for bucket in self.buckets:
-            stop = bucket.start + bucket.documents * bucket.width
-            rows = self._rows[bucket.start : stop].reshape(bucket.documents, 1, bucket.width)
-            real = self._real[bucket.start : stop].reshape(bucket.documents, 1, bucket.width)
-            parts.append((rows * heads + np.arange(heads)[None, :, None]).reshape(-1))
-            filler.append(np.broadcast_to(~real, (bucket.documents, heads, bucket.width)).reshape(-1))
-        to_padded, blank = np.concatenate(parts), np.concatenate(filler)
-        back = np.empty((self.total - self.short_start) * heads, np.int64)
+    def keys(self, keys: int) -> HeadIndex:
+        """Rows for K key heads; inside a bucket ordered [document, K, L]."""
+        if keys not in self._keys:
+            self._keys[keys] = self._index([self._rows(b.first, b.documents, 0, b.width, keys) for b in self.buckets], keys)
+        return self._keys[keys]
+
+    def _rows(self, first: int, count: int, low: int, high: int, heads: int) -> Ints:
+        """Source rows of [document, head, row low..high], flat; filler repeats the document's last row r and is written as -1 - r."""
+        place = np.arange(low, high)[None, None, :]
+        lengths, starts = (np.asarray(a[first : first + count])[:, None, None] for a in (self.lengths, self.starts))
+        rows = (starts + np.minimum(place, lengths - 1)) * heads + np.arange(heads)[None, :, None]
+        marked: Ints = np.where(place < lengths, rows, -1 - rows).reshape(-1)
+        return marked
+
+    def _index(self, parts: list[Ints], heads: int) -> HeadIndex:
+        joined = np.concatenate(parts)
+        blank = joined < 0
+        to_padded = np.where(blank, -1 - joined, joined)
+        back = np.full(self.total * heads, len(joined))  # filler tokens get the row behind the last, which is zero
         back[to_padded[~blank]] = np.flatnonzero(~blank)
-        return HeadIndex(*(torch.from_numpy(a).to(self.device) for a in (to_padded, back, np.flatnonzero(blank))))
+        arrays = (to_padded, back, np.flatnonzero(blank))
+        there, here, filler = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return HeadIndex(there, here, filler, heads)
 
 
-def _bucket(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray, tuple[Bucket, ...]]:
-    """For documents longest first: source row and realness of every padded row, and the buckets."""
+def _halves(rows: Tensor) -> Tensor:
+    return torch.stack([rows * 2 + 1, rows * 2], -1).view(-1)
+
+
+def _buckets(lengths: Sequence[int]) -> list[Bucket]:
+    """Neighbours in the descending order of lengths, while the shortest is not much shorter than the longest."""
     buckets: list[Bucket] = []
-    rows, real = [], []
-    start = first = 0
-    i = 0
+    i = start = 0
     while i < len(lengths):
         width = -(-lengths[i] // STEP) * STEP
         j = i
-        while j < len(lengths) and (lengths[j] >= TIGHT * width or lengths[j] + STEP > width):
-            place = np.arange(width)
-            rows.append(first + np.minimum(place, lengths[j] - 1))
-            real.append(place < lengths[j])
-            first += lengths[j]
+        while j < len(lengths) and lengths[j] >= SPREAD * lengths[i]:
             j += 1
-        buckets.append(Bucket(j - i, width, start))
+        buckets.append(Bucket(i, j - i, width, start))
         start += (j - i) * width
         i = j
-    if not buckets:
-        return np.empty(0, np.int64), np.empty(0, bool), ()
-    return np.concatenate(rows), np.concatenate(real), tuple(buckets)
+    return buckets
+
+
+def _blocks(lengths: Sequence[int], buckets: Sequence[Bucket]) -> list[Block]:
+    """Every bucket cut into blocks of query rows that many documents share; the later rows of a bucket come first."""
+    blocks: list[Block] = []
+    start = 0
+    for bucket in buckets:
+        own = lengths[bucket.first : bucket.first + bucket.documents]
+        for low in reversed(range(0, bucket.width, BLOCK)):
+            left = [min(BLOCK, length - low) for length in own if length > low]
+            i = 0
+            while i < len(left):
+                high = low + -(-left[i] // STEP) * STEP
+                j = i
+                while j < len(left) and left[j] >= FULL * left[i]:
+                    j += 1
+                blocks.append(Block(bucket, i, j, low, high, start))
+                start += (j - i) * (high - low)
+                i = j
+    return blocks

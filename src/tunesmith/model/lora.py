@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,9 +41,18 @@ class _LoraLinear(torch.autograd.Function):
 _lora_linear: Callable[..., Tensor] = _LoraLinear.apply
 
 
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The two factors of the one active adapter, and its scale."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
 def fuse(model: nn.Module) -> int:
     """Give every plain PEFT LoRA layer of the model the fused forward; returns how many."""
-    layers = [m for m in model.modules() if _fits(m)]
+    layers = [m for m in model.modules() if fits(m) and not m.base_layer.weight.requires_grad]  # type: ignore[union-attr]
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)
     return len(layers)
@@ -57,28 +67,42 @@ def unfuse(model: nn.Module) -> None:
             module.__dict__.pop("forward", None)
 
 
-def _fits(module: nn.Module) -> bool:
+def fits(module: nn.Module) -> bool:
+    """Whether this is PEFT's plain LoRA layer on a plain linear one."""
     from peft.tuners.lora.layer import Linear
 
-    return type(module) is Linear and type(module.base_layer) is nn.Linear and not module.base_layer.weight.requires_grad
+    return type(module) is Linear and type(module.base_layer) is nn.Linear
+
+
+def usable(layer: Any) -> bool:
+    """Whether `factors` says all that this layer does now: no dropout at work, no variant, not several adapters."""
+    if layer.disable_adapters or layer.merged:
+        return not (layer.merged and layer.disable_adapters)  # PEFT would unmerge first
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
+    return (
+        name in layer.lora_A
+        and name not in layer.lora_variant
+        and layer.lora_A[name].bias is None
+        and layer.lora_B[name].bias is None
+        and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
+    )
+
+
+def factors(layer: Any) -> Factors | None:
+    """What the layer adds to its base now; None when the adapter is switched off or merged in."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    name = layer.active_adapters[0]
+    return Factors(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
-    fused = (
-        not (args or kwargs or self.disable_adapters or self.merged)
-        and name in self.lora_A
-        and name not in self.lora_variant
-        and self.lora_A[name].bias is None
-        and self.lora_B[name].bias is None
-        and (isinstance(self.lora_dropout[name], nn.Identity) or not self.training)
-        and x.dtype == self.base_layer.weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-    if not fused:
+    plain = args or kwargs or x.dtype != self.base_layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
+    found = factors(self) if not plain and usable(self) else None
+    if found is None:
         out: Tensor = type(self).forward(self, x, *args, **kwargs)
         return out
     base = self.base_layer
     flat = x.reshape(-1, x.shape[-1])
-    y = _lora_linear(flat, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+    y = _lora_linear(flat, base.weight, base.bias, found.a, found.b, found.scale)
     return y.view(*x.shape[:-1], y.shape[-1])

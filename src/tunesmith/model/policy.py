@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core import recipe
-from tunesmith.core.errors import BugError, ModelError
+from tunesmith.core.errors import BugError, ModelError, RecipeError
 from tunesmith.core.files import read_json, write_json
 from tunesmith.core.log import logger
 from tunesmith.core.types import Batch, Outputs
 from tunesmith.model import adapter as adapters
-from tunesmith.model import attention, memory
-from tunesmith.model.forward import Pass, passes
+from tunesmith.model import attention, fuse, gradients, memory
+from tunesmith.model.allocator import keep_freed_memory
+from tunesmith.model.copies import Copies
+from tunesmith.model.float8 import demand_device
+from tunesmith.model.forward import Pass, passes, send
 from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
 from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded, without_bars
 from tunesmith.model.positions import alone_from
@@ -31,7 +34,7 @@ class Policy:
     """A causal language model that gives log-probabilities of chosen tokens.
 
     `model` is the transformers or PEFT model, `causal` the transformers model inside it, `dtype` the precision of products
-    and of what `save` writes. `layout`, `head` and `lora` say which way is in use; `notes` say why a plain one is.
+    and of what `save` writes. `layout`, `head`, `lora` and `layers` say which way is in use; `notes` say why a plain one is.
     The auxiliary balancing loss of mixtures of experts is not part of any score.
     """
 
@@ -43,6 +46,7 @@ class Policy:
         self.layout: Literal["packed", "padded"] = "padded"
         self.head: Literal["fast", "plain"] = "plain"
         self.lora: Literal["fused", "plain"] = "plain"
+        self.layers: Literal["fused", "plain"] = "plain"
         self.side: Literal["left", "right"] = "right"
         self.notes: list[str] = []
         self.head_form = HeadForm()
@@ -58,6 +62,8 @@ class Policy:
         embedding = self.causal.get_input_embeddings()
         self.vocabulary: int = embedding.weight.shape[0]
         embedding.register_forward_hook(self._add_noise)
+        gradients.attach(embedding)
+        self._copies = Copies()
 
     @property
     def adapted(self) -> bool:
@@ -72,8 +78,8 @@ class Policy:
         """
         self._check(batch)
         index = np.flatnonzero(batch.train)
-        train = torch.from_numpy(batch.train[index].astype(np.float32)).to(self.device)
-        where = torch.from_numpy(index).to(self.device)
+        train = send(batch.train[index].astype(np.float32), self.device)
+        where = send(index, self.device)
         if not len(index):
             # Nothing to score, and yet a graph to call backward on: zero times any trained weight.
             zero = sum((p.sum() * 0 for p in list(self.parameters_by_name().values())[:1]), torch.zeros((), device=self.device))
@@ -85,19 +91,19 @@ class Policy:
         at = np.concatenate(order)
         logp = torch.cat(parts)
         if not np.array_equal(at, index):
-            logp = logp[torch.from_numpy(np.argsort(at)).to(self.device)]
+            logp = logp[send(np.argsort(at), self.device)]
         return Outputs(logp, where, train)
 
     def _score(self, one: Pass, batch: Batch) -> Tensor:
-        targets = torch.from_numpy(batch.ids[one.index].astype(np.int64)).to(self.device)
+        targets = send(batch.ids[one.index].astype(np.int64), self.device)
         states = self.run(one)
         rows = states.reshape(-1, states.shape[-1]).index_select(0, one.rows)
         if self.head == "plain":
             return plain_logprobs(rows, targets)
         output = self.causal.get_output_embeddings()
-        hint = torch.from_numpy(batch.train[one.index]).to(self.device)
-        dtype = self.dtype if self._autocast else rows.dtype
-        return token_logprobs(rows, output.weight, output.bias, targets, hint, self.head_form, dtype)
+        dtype = self.dtype if self._autocast or self.layers == "fused" else rows.dtype
+        narrow = self._copies.of(output.weight, dtype)
+        return token_logprobs(rows, output.weight, output.bias, targets, self.head_form, dtype, narrow)
 
     def run(self, one: Pass) -> Tensor:
         """Hidden states [B, L, E] for the fast head, logits [B, L, V] for the plain one."""
@@ -141,6 +147,14 @@ class Policy:
         with self.model.disable_adapter():
             yield
 
+    def fuse_layers(self) -> int:
+        """Let the decoder layers run fused where they can; returns how many do."""
+        return fuse.fuse(self.model, self.dtype, self._copies)
+
+    def steady(self) -> contextlib.AbstractContextManager[None]:
+        """A promise that no weight moves while it is open; copies of weights in the dtype of the products are then kept."""
+        return self._copies.holding()
+
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Any]:
         """The model with its own attention, in eval mode, for `generate`; what was set before comes back afterwards."""
@@ -170,14 +184,38 @@ class Policy:
         size = self._neftune / (self._lengths * output.shape[-1]).sqrt()
         return output + (torch.rand_like(output) * 2 - 1) * size[..., None].to(output.dtype)
 
-    def set_checkpointing(self, on: bool) -> None:
-        """Recompute activations in the backward pass, or not. Raises ModelError `no_checkpointing` when the model cannot."""
+    def set_checkpointing(self, count: int | bool) -> None:
+        """Let the first `count` layers (True: all) work out their activations once more in the backward pass; the rest keep them.
+
+        A model whose layers cannot do so one by one recomputes all of them for any count but 0.
+        Raises ModelError `no_checkpointing` when the model cannot, RecipeError `too_many_layers` when it has fewer layers.
+        """
+        layers = checkpointing_layers(self.causal)
+        fused = len(fuse.fused_layers(self.model))
+        most = fused or len(layers) or memory.depth(self.causal.config)
+        count = most if count is True else int(count)
+        if count > most:
+            raise RecipeError(
+                f"{count} layers are to recompute, the model has {most}",
+                where="run.checkpointing",
+                remedy=f"set it to auto, on, off, or at most {most}",
+                code="too_many_layers",
+            )
+        fuse.recompute(self.model, count)
+        # A fused layer goes through transformers' own forward while its adapter has dropout at work, so both get the count.
+        self._switch_checkpointing(count > 0, optional=fused > 0)
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < count
+
+    def _switch_checkpointing(self, on: bool, *, optional: bool) -> None:
         # Renamed in transformers 5.2x; the old names warn there.
         renamed = hasattr(self.causal, "activation_checkpointing_enable")
         if not on:
             (self.causal.activation_checkpointing_disable if renamed else self.causal.gradient_checkpointing_disable)()
             return
         if not self.causal.supports_gradient_checkpointing:
+            if optional:
+                return
             raise ModelError(
                 f"{type(self.causal).__name__} cannot recompute activations",
                 where="run.checkpointing",
@@ -190,12 +228,33 @@ class Policy:
         else:
             self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
 
-    def wants_checkpointing(self, tokens: int) -> bool:
-        """Whether a micro-batch of `tokens` tokens needs recomputation to fit, by the estimate of `memory.activation_bytes`."""
+    def estimate(self, tokens: int, longest: int) -> memory.Estimate:
+        """What a micro-batch of `tokens` tokens takes, in documents of at most `longest`."""
+        way: memory.Way = "lora" if self.lora == "fused" or self.dtype == torch.float32 else "peft"
+        if self._autocast:
+            way = "autocast"
+        if self.layers == "fused" and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()):
+            way = "fused"
+        return memory.estimate(self.causal.config, tokens, longest, self.dtype, self.device, way=way, plain_head=self.head == "plain")
+
+    def fits(self, tokens: int, longest: int, room: int) -> bool:
+        """Whether such a micro-batch needs no recomputation in `room` bytes, which hold the weights too."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return self.estimate(tokens, longest).peak(0) <= self._budget(room - weights)
+
+    def layers_to_recompute(self, tokens: int, longest: int, *, share: int = 1) -> int:
+        """The smallest number of layers that must recompute for such a micro-batch to fit into what is free now.
+
+        `share` processes take from the same memory.
+        """
+        if self.layers != "fused" and not self.causal.supports_gradient_checkpointing:
+            return 0
+        return self.estimate(tokens, longest).count(self._budget(memory.free_bytes(self.device) // share))
+
+    def _budget(self, room: int) -> int:
+        """What activations may take of `room` bytes that gradients and optimizer share."""
         trained = sum(p.numel() for p in self.parameters_by_name().values())
-        return self.causal.supports_gradient_checkpointing and memory.wants_checkpointing(
-            self.causal.config, tokens, trained, self.dtype, self.device
-        )
+        return int(memory.BUDGET * (room - memory.trained_bytes(trained, self.dtype)))
 
     def save(self, folder: Path) -> None:
         """Write weights and configuration: PEFT adapter files in fp32, or the whole model in `dtype`; no tokenizer.
@@ -239,10 +298,22 @@ class Policy:
             with torch.no_grad():
                 parameter.copy_(state[name])
 
+    def ways(self) -> dict[str, Any]:
+        """Which ways are in use, and the notes on those that are not."""
+        names = ("layout", "head", "lora", "layers")
+        return {**{name: vars(self)[name] for name in names}, "notes": list(self.notes)}
+
     def note(self, text: str) -> None:
         """Say, once and in the log, that something goes the plain way."""
         self.notes.append(text)
         logger.warning("model: %s", text)
+
+
+def checkpointing_layers(model: nn.Module) -> list[Any]:
+    """The layers that can recompute one by one, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bool = True) -> Policy:
@@ -254,6 +325,10 @@ def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bo
     from tunesmith.model.probe import settle
 
     spot = choose_device(device)
+    if settings.fast.float8:
+        demand_device(spot)
+    if training and spot.type == "cpu":
+        keep_freed_memory()
     place = resolve(settings.base)
     below = adapter_base(place)
     if settings.adapter is None:
@@ -268,7 +343,15 @@ def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bo
         adapters.check_same(model, settings.adapter, place)
     model.eval()
     policy = Policy(model, choose_dtype(settings.dtype, spot))
-    settle(policy, settings.fast)
+    # Where both are asked for, compiling wins: a fused layer leaves nothing to compile.
+    settle(policy, settings.fast.model_copy(update={"layer": settings.fast.layer and not settings.fast.compile}))
+    if settings.fast.float8 or settings.fast.compile:
+        from tunesmith.model.compile import settle_compiled, settle_float8
+
+        if settings.fast.float8:
+            settle_float8(policy)
+        if settings.fast.compile:
+            settle_compiled(policy)
     if settings.adapter is not None and (stacked := [name for name, p in policy.causal.named_parameters() if p.dim() > 2]):
         policy.note(f"{len(stacked)} tensors that are no linear layers (experts, convolutions) get no adapter, e.g. {stacked[0]}")
     return policy

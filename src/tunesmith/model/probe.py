@@ -7,6 +7,8 @@ its own past must be zero, whatever the weights.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 from tunesmith.core.errors import ModelError
 from tunesmith.core.recipe import Fast
 from tunesmith.core.types import Batch, Segment
-from tunesmith.model import attention, lora
+from tunesmith.model import attention, fuse, lora
 from tunesmith.model.adapter import lora_layers
 from tunesmith.model.forward import passes
 from tunesmith.model.head import HeadForm
@@ -24,7 +26,7 @@ from tunesmith.model.load import seeded
 from tunesmith.model.policy import Policy
 
 LENGTHS = (9, 3, 21, 14)
-_FAILURES = (attention.LayoutError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError)
+FAILURES = (attention.LayoutError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError)
 
 
 def settle(policy: Policy, fast: Fast) -> None:
@@ -41,6 +43,8 @@ def settle(policy: Policy, fast: Fast) -> None:
             _settle_head(policy, batch, truth)
         if fast.lora and policy.adapted:
             _settle_lora(policy, batch)
+        if fast.layer and (fast.lora or not policy.adapted) and policy.layout == "packed":
+            _settle_layers(policy, batch)
     policy.model.train(training)
 
 
@@ -134,7 +138,7 @@ def _settle_layout(policy: Policy, batch: Batch, truth: Tensor) -> None:
                 if proof == "separate":
                     return
                 reason = "state crosses from one packed document into another" if proof == "leaks" else "separation cannot be proven"
-    except _FAILURES as error:
+    except FAILURES as error:
         reason = f"packed attention fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     policy.layout = "padded"
     policy.use_attention(policy.own_attention)
@@ -165,29 +169,75 @@ def _settle_head(policy: Policy, batch: Batch, truth: Tensor) -> None:
                 if difference <= tolerance(policy, truth):
                     return
                 reason = f"the fast one differs by {difference:.1e}"
-            except _FAILURES as error:
+            except FAILURES as error:
                 reason = f"the fast one fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     policy.head, policy.head_form = "plain", HeadForm()
     policy.note(f"plain head: {reason}")
 
 
 def _settle_lora(policy: Policy, batch: Batch) -> None:
-    """Compare on a non-zero update: the second factor is filled with noise for the comparison and put back."""
-    seconds = [layer.lora_B[name].weight for layer in lora_layers(policy.model) for name in layer.lora_B]
-    before = [w.detach().clone() for w in seconds]
-    try:
+    with noisy(policy):
         with torch.no_grad():
-            for w in seconds:
-                w.copy_(torch.randn_like(w) * 0.02)
             plain = policy.score(batch).logp
-            fused = lora.fuse(policy.model)
-            difference = _differs(policy, batch, plain)
-    finally:
-        with torch.no_grad():
-            for w, old in zip(seconds, before, strict=True):
-                w.copy_(old)
+        fused = lora.fuse(policy.model)
+        difference = _differs(policy, batch, plain)
     if not fused or difference > tolerance(policy, plain):
         lora.unfuse(policy.model)
         policy.note("plain LoRA: " + (f"the fused one differs by {difference:.1e}" if fused else "no layer of a kind that can be fused"))
         return
     policy.lora = "fused"
+
+
+def _settle_layers(policy: Policy, batch: Batch) -> None:
+    """The whole layer has a backward pass of its own: gradients are compared too."""
+    if not policy.fuse_layers():
+        return
+    with noisy(policy):
+        policy.layers = "fused"
+        fused, fused_gradient = graded(policy, batch)
+        fuse.unfuse(policy.model)
+        policy.layers = "plain"
+        plain, gradient = graded(policy, batch)
+    difference = float((fused - plain).abs().mean() if policy.dtype == torch.bfloat16 else (fused - plain).abs().max())
+    turned = distance(fused_gradient, gradient)
+    if difference > tolerance(policy, plain) or turned > (0.1 if policy.dtype == torch.bfloat16 else 1e-3):
+        policy.note(f"plain decoder layers: the fused ones differ by {difference:.1e}, their gradient by {turned:.1e} of its length")
+        return
+    policy.fuse_layers()
+    policy.layers = "fused"
+
+
+def graded(policy: Policy, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+    """Log-probabilities, and the gradient of a sum of them with fixed weights in every trained weight but embeddings."""
+    weights = [p for n, p in policy.parameters_by_name().items() if p.dim() == 2 and "layers." in n]
+    with torch.enable_grad():
+        logp = policy.score(batch).logp
+        if not weights:
+            return logp.detach(), []
+        mixed = (logp * torch.linspace(-1, 1, len(logp), device=logp.device)).sum()
+        return logp.detach(), list(torch.autograd.grad(mixed, weights, allow_unused=True))
+
+
+def distance(ours: list[Tensor | None], theirs: list[Tensor | None]) -> float:
+    """|ours - theirs| / |theirs| over all tensors together."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+    if any(a is None for a, _ in pairs):
+        return float("inf")
+    gap = sum(float((a - b).double().square().sum()) for a, b in pairs if a is not None)
+    return float((gap / max(sum(float(b.double().square().sum()) for _, b in pairs), 1e-300)) ** 0.5)
+
+
+@contextlib.contextmanager
+def noisy(policy: Policy) -> Iterator[None]:
+    """While open, the adapter's second factors hold noise: at zero they would hide what the first ones do."""
+    seconds = [layer.lora_B[name].weight for layer in lora_layers(policy.model) for name in layer.lora_B] if policy.adapted else []
+    before = [w.detach().clone() for w in seconds]
+    try:
+        with torch.no_grad():
+            for w in seconds:
+                w.copy_(torch.randn_like(w) * 0.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for w, old in zip(seconds, before, strict=True):
+                w.copy_(old)

@@ -1,0 +1,45 @@
+"""Weights in the precision of the products, beside weights that are trained in a wider one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class Copies:
+    """Weights in the dtype of the products.
+
+    A copy of a frozen weight is kept while the weight's version stays. PyTorch's fused optimizers move weights without raising their
+    version, so a copy of a trained weight serves one call only, or as long as `holding` promises that nothing moves.
+    """
+
+    def __init__(self) -> None:
+        self._steady = False
+        self._made: dict[int, tuple[Tensor, object, Tensor]] = {}
+
+    def of(self, weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+        """`weight` times `factor` in `dtype`, the weight itself where that is the same."""
+        if weight.dtype == dtype and factor == 1.0:
+            return weight.detach()
+        state = (weight._version, weight.data_ptr(), dtype, factor)
+        old = self._made.get(id(weight)) if self._steady or not weight.requires_grad else None
+        if old is not None and old[0] is weight and old[1] == state:
+            return old[2]
+        with torch.no_grad():
+            made = (weight * factor).to(dtype) if factor != 1.0 else weight.to(dtype)
+        if self._steady or not weight.requires_grad:
+            self._made[id(weight)] = (weight, state, made)
+        return made
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """While open no weight moves, so that copies of trained weights can be kept from call to call; dropped at the end."""
+        self._steady = True
+        try:
+            yield
+        finally:
+            self._steady = False
+            self._made = {key: entry for key, entry in self._made.items() if not entry[0].requires_grad}

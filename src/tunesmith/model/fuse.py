@@ -1,0 +1,178 @@
+"""Which decoder layers run as one fused function, and what each call hands to it."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model import lora
+from tunesmith.model.attention import window_of
+from tunesmith.model.copies import Copies
+from tunesmith.model.fused_layer import PROJECTIONS, Plan, fused_layer, rotary_tables
+from tunesmith.model.layer_ops import Linear, wide
+from tunesmith.model.layout import Layout
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+
+@dataclass(slots=True)
+class Fused:
+    """What a fused layer carries: the dtype of its products, copies of weights in it, whether it is the last, whether it recomputes."""
+
+    dtype: torch.dtype
+    copies: Copies
+    last: bool
+    recompute: bool = False
+
+
+def fuse(model: nn.Module, dtype: torch.dtype, copies: Copies) -> int:
+    """Give every decoder layer of a known family the fused forward with products in `dtype`; returns how many."""
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.tunesmith = Fused(dtype, copies, last=layer is layers[-1])
+        layer.forward = types.MethodType(_forward, layer)
+    return len(layers)
+
+
+def fused_layers(model: nn.Module) -> list[Any]:
+    """The layers that run fused, in order."""
+    return [m for m in model.modules() if "tunesmith" in m.__dict__]
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give the decoder layers transformers' own forward back."""
+    for layer in fused_layers(model):
+        del layer.forward, layer.tunesmith
+
+
+def recompute(model: nn.Module, count: int) -> None:
+    """Let the first `count` fused layers work out their activations once more in the backward pass."""
+    for i, layer in enumerate(fused_layers(model)):
+        layer.tunesmith.recompute = i < count
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The decoder layers that the fused function can stand for, by their class and parts; empty when any layer is of another kind."""
+    found = [m for m in model.modules() if type(m).__name__ in {f"{family}DecoderLayer" for family in FAMILIES}]
+    return found if found and all(_fits(layer) for layer in found) else []
+
+
+def _fits(layer: Any) -> bool:
+    """transformers' own class with its usual parts on a CPU; numbers are compared by the probe."""
+    attention = layer.self_attn
+    if not type(layer).__module__.startswith("transformers.models."):
+        return False
+    projections = _projections(layer)
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)]
+    return (
+        all(type(p) is nn.Linear or lora.fits(p) for p in projections.values())
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
+        and len({norm.variance_epsilon for norm in norms}) == 1
+        and attention.attention_dropout == 0
+        and type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and all(p.device.type == "cpu" for p in layer.parameters())
+    )
+
+
+def _projections(layer: Any) -> dict[str, Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return {name: (attention if name[0] in "qkvo" else mlp).get_submodule(name) for name in PROJECTIONS}
+
+
+def _head_norms(attention: Any) -> list[Any]:
+    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    tunesmith_layout: Layout | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The signature of transformers' decoder layers; sampling and layers with dropout in their adapter go its own way."""
+    linears = None if tunesmith_layout is None or past_key_values is not None else _linears(self)
+    if linears is None or tunesmith_layout is None or position_embeddings is None:
+        if tunesmith_layout is not None:
+            kwargs["tunesmith_layout"] = tunesmith_layout
+        if hidden_states.dtype != self.input_layernorm.weight.dtype and not torch.is_autocast_enabled("cpu"):
+            hidden_states = hidden_states.to(self.input_layernorm.weight.dtype)  # from a fused layer below
+        out: Tensor = type(self).forward(
+            self, hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+        )  # fmt: skip
+        return out
+    with torch.autocast("cpu", enabled=False):
+        plan, parameters = _plan(self, linears, tunesmith_layout, position_embeddings, attention_mask)
+        y = fused_layer(hidden_states[0].to(wide(plan.dtype)), plan, *parameters)
+        # What follows the last layer (a norm, perhaps transformers' own head) finds the dtype that it knows.
+        return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
+
+
+def _linears(layer: Any) -> dict[str, tuple[nn.Linear, lora.Factors | None]] | None:
+    """Each projection with its adapter (None: none, or switched off); None when one of them must go PEFT's way in this call."""
+    found: dict[str, tuple[nn.Linear, lora.Factors | None]] = {}
+    for name, module in _projections(layer).items():
+        if type(module) is nn.Linear:
+            found[name] = module, None
+        elif lora.usable(module):
+            found[name] = module.base_layer, lora.factors(module)
+        else:
+            return None
+    return found
+
+
+def _plan(
+    layer: Any,
+    linears: dict[str, tuple[nn.Linear, lora.Factors | None]],
+    layout: Layout,
+    position_embeddings: tuple[Tensor, Tensor],
+    marker: Tensor | None,
+) -> tuple[Plan, list[Tensor | None]]:
+    """What the function reads, in the dtype of the products, and the parameters whose gradients it returns, in its order."""
+    attention, fused = layer.self_attn, layer.tunesmith
+    norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *(n.weight for n in _head_norms(attention))]
+    dtype = fused.dtype
+    first, second, *heads = (fused.copies.of(weight, dtype) for weight in norms)
+    width, group = attention.head_dim, attention.num_key_value_groups
+    keys = linears["k_proj"][0].out_features // width
+    plan = Plan(
+        layout=layout,
+        rotary=rotary_tables(*position_embeddings, layout, keys, group, float(attention.scaling), dtype),
+        dtype=dtype,
+        window=window_of(marker, getattr(attention, "sliding_window", None)),
+        keys=keys,
+        group=group,
+        eps=layer.input_layernorm.variance_epsilon,
+        recompute=fused.recompute,
+        first_norm=first,
+        second_norm=second,
+        head_norms=(heads[0], heads[1]) if heads else None,
+        linear={name: _linear(base, factors, fused) for name, (base, factors) in linears.items()},
+        train_norms=any(norm.requires_grad for norm in norms),
+    )
+    parameters: list[Tensor | None] = [*norms, *[None] * (4 - len(norms))]
+    for base, factors in linears.values():
+        parameters += [base.weight, base.bias, factors.a if factors else None, factors.b if factors else None]
+    return plan, parameters
+
+
+def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Linear:
+    of, dtype = fused.copies.of, fused.dtype
+    return Linear(
+        weight=of(base.weight, dtype),
+        bias=None if base.bias is None else of(base.bias, dtype),
+        a=None if factors is None else of(factors.a, dtype),
+        b=None if factors is None else of(factors.b, dtype, factors.scale),
+        scale=1.0 if factors is None else factors.scale,
+        need_weight=base.weight.requires_grad,
+        need_bias=base.bias is not None and base.bias.requires_grad,
+    )
