@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint unit bench-sft clean
+.PHONY: demo test lint unit bench-sft bench-data clean
 
 demo: .venv/installed
 	$(BIN)/tunesmith demo --out demo
@@ -19,7 +19,10 @@ unit: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 bench-sft: .venv/installed-test
-	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python benchmarks/sft.py $(BENCH)
+
+bench-data: .venv/installed-test
+	$(BIN)/python benchmarks/data.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

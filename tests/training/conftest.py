@@ -60,17 +60,19 @@ def held_out(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "valid.jsonl", 6, start=100)
 
 
+# The fast paths as they are by default, without fused layers, and none of them at all.
+WAYS = {"fast": {}, "layers off": {"layer": False}, "plain": {"packed": False, "head": False, "lora": False, "layer": False}}
 ADAPTERS = {"full": None, "lora": {"name": "lora", "rank": 4, "dropout": 0.0}}
 
 
 @pytest.fixture
 def tree(base, data, held_out, tmp_path):
-    """A recipe for the tiny model: tree(adapter, **run settings)."""
+    """A recipe for the tiny model: tree(adapter, **run settings), with the fast paths of `way` and products in `dtype`."""
 
-    def make(kind: str, out: str = "run", **run):
+    def make(kind: str, out: str = "run", *, dtype: str = "fp32", way: str = "fast", **run):
         settings = {"batch": {"examples": 4}, "steps": 10, "save_every": 3, "eval_every": 5, "samples": 0, "device": "cpu", **run}
         return {
-            "model": {"base": str(base), "dtype": "fp32", "adapter": ADAPTERS[kind]},
+            "model": {"base": str(base), "dtype": dtype, "adapter": ADAPTERS[kind], "fast": WAYS[way]},
             "data": {"train": str(data), "validation": str(held_out)},
             "tokens": {"max_length": 256, "cache": False},
             "optim": {"lr": 5e-3, "warmup": 2},
@@ -82,12 +84,14 @@ def tree(base, data, held_out, tmp_path):
 
 @pytest.fixture
 def parts(tree):
-    """parts(kind): recipe, prepared rows and a policy in training mode whose every trained weight has a gradient."""
+    """parts(kind, ...): recipe, prepared rows and a policy in training mode whose every trained weight has a gradient."""
 
-    def make(kind: str):
-        recipe = build(tree(kind)).recipe
+    def make(kind: str, **more):
+        recipe = build(tree(kind, **more)).recipe
         prepared = prepare(recipe, load_tokenizer(recipe.model.base))
         policy = build_policy(recipe.model, "cpu", seed=0)
+        plain = more.get("way", "fast") != "fast"
+        assert policy.layers == ("plain" if plain else "fused"), policy.notes
         policy.train_mode(True)
         if kind == "lora":
             # A fresh adapter has B = 0, and then A has no gradient; the laws should see both.

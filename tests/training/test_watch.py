@@ -10,25 +10,38 @@ from tunesmith.core.log import logger
 from tunesmith.training import watch
 
 
+def with_gradient(values, gradient):
+    weight = torch.tensor(values)
+    weight.grad = torch.tensor(gradient)
+    return weight
+
+
 def test_a_first_step_that_moves_nothing_is_an_error():
-    weights = {"a": torch.ones(3), "b": torch.zeros(2)}
-    before = watch.fingerprint(weights)
+    weights = {"a": with_gradient([1.0, 1.0, 1.0], [0.1, -0.3, 0.2]), "b": with_gradient([[0.0, 0.0]], [[0.0, 1e-9]])}
+    before = watch.steepest(weights)
     with pytest.raises(ModelError, match="changed none of the 2"):
-        watch.after_first_step(weights, before, [], 1e-3)
-    weights["b"][1] = 1e-6
-    watch.after_first_step(weights, before, [], 1e-3)
+        watch.after_first_step(weights, before, 1e-3)
+    weights["b"][0, 1] = 1e-6
+    watch.after_first_step(weights, before, 1e-3)
 
 
-def test_a_permutation_changes_the_fingerprint():
-    assert watch.fingerprint({"a": torch.tensor([1.0, 2.0])}) != watch.fingerprint({"a": torch.tensor([2.0, 1.0])})
+def test_the_steepest_place_is_where_the_gradient_is_largest_whatever_its_sign():
+    assert watch.steepest({"a": with_gradient([1.0, 5.0, 2.0], [0.1, -0.3, 0.2])}) == {"a": (1, 5.0)}
+
+
+def test_a_step_without_any_gradient_is_an_error():
+    weights = {"a": torch.ones(3)}
+    with pytest.raises(ModelError, match="changed none of the 1"):
+        watch.after_first_step(weights, watch.steepest(weights), 1e-3)
 
 
 def test_tensors_without_gradient_are_named(monkeypatch, caplog):
     monkeypatch.setattr(logger, "propagate", True)
-    weights = {"a": torch.ones(3)}
-    before = watch.fingerprint({"a": torch.zeros(3)})
+    weights = {"a": with_gradient([1.0], [1.0]), "layers.0.gate": torch.ones(2)}
+    before = watch.steepest(weights)
+    weights["a"][0] = 2.0
     with caplog.at_level(logging.WARNING):
-        watch.after_first_step(weights, before, ["layers.0.gate"], 1e-3)
+        watch.after_first_step(weights, before, 1e-3)
     assert "layers.0.gate" in caplog.text
 
 

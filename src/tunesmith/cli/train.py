@@ -45,9 +45,15 @@ def train(
     if print_recipe:
         typer.echo("\n".join(dump_yaml(stage) for stage in loaded), nl=False)
         return
-    from tunesmith.training.run import train as run_training
+    from tunesmith.cli.imports import heavy_imports
 
-    result = run_training(loaded, fresh=fresh)
+    with heavy_imports():
+        import peft  # noqa: F401  brings the rest of transformers, which every run needs
+
+        from tunesmith.training.run import train_stages
+        from tunesmith.training.speed import process_start
+
+    result = train_stages(loaded, fresh=fresh, began=process_start())
     if not log.first_rank():
         return
     if as_json:
@@ -59,12 +65,21 @@ def train(
 
 def _tell(result: dict[str, Any]) -> None:
     metrics = result["metrics"]
-    words = f"done: {result['steps']} steps in {result['seconds']:.1f} s, {result['tokens_per_s']:.0f} tokens/s, loss {metrics['loss']:.4f}"
+    words = f"done: {result['steps']} steps in {result['seconds']:.1f} s, loss {metrics['loss']:.4f}"
     if "eval/loss" in metrics:
         start = (result["start"] or {}).get("eval/loss")
         words += f", validation loss {f'{start:.4f} -> ' if start is not None else ''}{metrics['eval/loss']:.4f}"
     typer.echo(words)
+    if "mfu" in result.get("speed", {}):  # a run that an earlier version trained has none
+        typer.echo(f"speed    {_speed(result['tokens_per_s'], result['speed'])}")
     typer.echo(f"model    {result['final']}")
     typer.echo(f"report   {result['report']}")
     receipt = result["receipt"]
     typer.echo(f"receipt  read back from disk: log-probabilities differ by at most {receipt['max_abs_logprob_diff']:.1e}")
+
+
+def _speed(mean: float, speed: dict[str, Any]) -> str:
+    """Tokens a second, over all steps and of the median one where that differs; the share of the measured GEMM, and what is counted."""
+    median = speed["median_tokens_per_s"]
+    words = f"{mean:.0f} tokens/s" + (f" (median step {median:.0f})" if abs(median - mean) > 0.02 * mean else "")
+    return f"{words}, {speed['mfu']:.2f} of a {speed['gemm_tflops']:.3g} TFLOP/s GEMM ({speed['gemm']}; {speed['formula']})"

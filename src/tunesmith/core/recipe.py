@@ -40,11 +40,14 @@ class Adapter(Section):
 
 
 class Fast(Section):
-    """Switches of the fast paths; each has a plain twin that gives the same numbers."""
+    """Switches of the fast paths; each has a plain twin that gives the same numbers, `float8` coarser ones."""
 
     packed: bool = Field(True, description="lay documents end to end with attention per document; off: pad")
     head: bool = Field(True, description="log-probabilities without a logits tensor, trained positions only; off: the model's own logits")
-    lora: bool = Field(True, description="LoRA layers in one fused function; off: PEFT's forward")
+    lora: bool = Field(True, description="LoRA layers in one fused function; off: PEFT's forward (and no `layer` on top of it)")
+    layer: bool = Field(True, description="decoder layers as one function each (Llama family, CPU); off: transformers' forward")
+    compile: bool = Field(False, description="decoder layers through torch.compile, in place of `layer`; costs seconds to minutes at start")
+    float8: bool = Field(False, description="products with the frozen base in float8 (Hopper GPUs, LoRA in bf16); changes the numbers")
 
 
 class Model(Section):
@@ -64,6 +67,14 @@ class Model(Section):
     adapter: Adapter | None = Field(None, description="null trains all weights")
     init: Literal["weights", "random"] = Field("weights", description="random: keep the architecture, draw new weights (pre-training)")
     fast: Fast = Fast()
+
+    @model_validator(mode="after")
+    def _float8_is_for_a_frozen_base(self) -> Model:
+        if self.fast.float8 and self.adapter is None:
+            raise ValueError("fast.float8 is for a frozen base: add an adapter, or switch it off")
+        if self.fast.float8 and self.dtype == "fp32":
+            raise ValueError("fast.float8 goes with bf16: set dtype: bf16, or switch it off")
+        return self
 
 
 class Source(Section):
@@ -160,15 +171,18 @@ class Run(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the data; default 1 when steps is not given")
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     batch: StepBatch = StepBatch(examples=16)
-    micro_tokens: Literal["auto"] | int = Field("auto", description="tokens of one forward pass; results do not depend on it")
+    micro_tokens: Literal["auto"] | int = Field(
+        "auto", description="tokens of one forward pass; results do not depend on it; auto: what suits the device and fits in its memory"
+    )
     save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: at the end only")
     eval_every: int = Field(100, ge=0, description="steps between validations; 0: at the end only")
     keep: int = Field(2, ge=1, description="checkpoints kept, the best one apart")
     patience: int = Field(0, ge=0, description="stop after this many validations without a better loss; 0: never")
     use_best: bool = Field(True, description="final/ holds the best validated checkpoint, not the last one")
     neftune_alpha: float = Field(0.0, ge=0, description="noise on the embeddings in training (Jain 2023, arXiv:2310.05914); 0: none")
-    checkpointing: Literal["auto", "on", "off"] = Field(
-        "auto", description="recompute activations in the backward pass; auto: only when memory is short"
+    checkpointing: Literal["auto", "on", "off"] | int = Field(
+        "auto",
+        description="layers that recompute their activations in the backward pass; auto: as few as memory asks for; on: all; off: none",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     seed: int = Field(0, ge=0)
@@ -187,6 +201,13 @@ class Run(Section):
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("checkpointing")
+    @classmethod
+    def _no_negative_count(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be at least 0")
         return value
 
     @model_validator(mode="after")

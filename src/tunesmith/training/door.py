@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import ModelError, RecipeError
 from tunesmith.core.recipe import Recipe
+from tunesmith.model import float8
 from tunesmith.model.load import choose_device
 from tunesmith.model.tokenizer import ADAPTER, resolve
 from tunesmith.objective import methods
@@ -60,7 +61,12 @@ def _run_folder(recipe: Recipe) -> None:
         raise RecipeError(f"nothing may be written in '{there}'", where="run.out", remedy="choose another run.out", code="bad_out")
 
 
-CHECKS: tuple[Callable[[Recipe], None], ...] = (_objective, _device, _trackers, _weights, _run_folder)
+def _float8(recipe: Recipe) -> None:
+    if recipe.model.fast.float8:
+        float8.demand_device(choose_device(recipe.run.device))
+
+
+CHECKS: tuple[Callable[[Recipe], None], ...] = (_objective, _device, _trackers, _weights, _run_folder, _float8)
 
 
 def at_the_door(recipe: Recipe) -> None:

@@ -33,6 +33,7 @@ from tunesmith.training import receipt as receipts
 from tunesmith.training import state as states
 from tunesmith.training.loop import Job, perplexity
 from tunesmith.training.sinks import read_metrics
+from tunesmith.training.speed import summary
 from tunesmith.training.state import Identity
 
 SAMPLE = SampleSettings(max_new_tokens=96, temperature=0.0)
@@ -106,7 +107,8 @@ def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds
         "trained_tokens": progress.trained_tokens,
         **proof,
         "max_abs_logprob_change_from_base": change,
-        "fast_paths": {"layout": policy.layout, "head": policy.head, "lora": policy.lora, "notes": list(policy.notes)},
+        "fast_paths": policy.ways(),
+        "speed": {**job.gauge.as_dict(), **summary(read_metrics(run / "metrics.jsonl"))},
         "environment": env,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -195,6 +197,7 @@ def _result(job: Job, receipt: dict[str, Any], seconds: float) -> dict[str, Any]
         "best": best,
         "seconds": seconds,
         "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+        "speed": receipt["speed"],
         "receipt": {
             "path": str(job.run / "receipt.json"),
             **{k: receipt[k] for k in ("max_abs_logprob_diff", "tolerance", "passed", "max_abs_logprob_change_from_base")},
@@ -205,12 +208,15 @@ def _result(job: Job, receipt: dict[str, Any], seconds: float) -> dict[str, Any]
 
 def _facts(job: Job, result: dict[str, Any]) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in job.policy.parameters_by_name().values())
+    speed = result["speed"]
     return {
         "steps": result["steps"],
         "tokens": f"{job.progress.tokens:,}",
         "trained tokens": f"{job.progress.trained_tokens:,}",
         "trained parameters": f"{trained:,}",
         "tokens per second": f"{result['tokens_per_s']:,.0f}",
+        "model FLOPs utilisation": f"{speed['mfu']:.2f}" if "mfu" in speed else None,
+        "of a GEMM": f"{speed['gemm']}, {speed['gemm_tflops']:.3g} TFLOP/s",
         "seconds": f"{result['seconds']:.0f}",
     }
 

@@ -16,7 +16,7 @@ from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.training import door, finish
 from tunesmith.training import state as states
 from tunesmith.training.optim import peak_lr, warmup_steps
-from tunesmith.training.receipt import identify
+from tunesmith.training.receipt import identify, model_hash
 from tunesmith.training.source import Offline
 
 
@@ -94,6 +94,6 @@ def _check_folder(recipe: Recipe, base: str, prepared: Prepared) -> None:
     run = Path(recipe.run.out)
     saved = states.steps_saved(run)
     if saved:
-        identity = identify(recipe, base, prepared)
+        identity = identify(recipe, prepared, model_hash(base, recipe.model.revision))
         if finish.finished(run, identity) is None:
             states.demand_same(states.read_state(states.folder_of(run, saved[-1]))[1], identity, run)

@@ -26,13 +26,14 @@ from tunesmith.training.optim import lr_factor
 from tunesmith.training.parallel import Ranks
 from tunesmith.training.sinks import Sinks
 from tunesmith.training.source import Offline
+from tunesmith.training.speed import Gauge
 from tunesmith.training.state import Identity, Progress
 from tunesmith.training.step import Budget, StepResult, gradient_step, not_finite, validation_loss, zero_gradients
 
 
 @dataclass
 class Job:
-    """Everything that one run holds while it runs."""
+    """Everything that one run holds while it runs; `began` is where the time to the first step is counted from."""
 
     recipe: Recipe
     run: Path
@@ -47,6 +48,8 @@ class Job:
     budget: Budget
     ranks: Ranks
     sinks: Sinks
+    gauge: Gauge
+    began: float
 
 
 @dataclass
@@ -87,11 +90,12 @@ def run_loop(job: Job, stop: Stop) -> bool:
     if progress.step == 0 and job.validation and progress.start_loss is None:
         progress.start_loss = validation_loss(job.policy, job.validation, job.budget, job.ranks)
         logger.info("validation loss before training %.4f (perplexity %.3f)", progress.start_loss, perplexity(progress.start_loss))
-    for rows in job.source.steps(progress.step):
+    begun = progress.step
+    for rows in job.source.steps(begun):
         if job.ranks.any(stop.wanted):
             _save(job)
             return False
-        _one_step(job, rows, total)
+        _one_step(job, rows, total, first=progress.step == begun)
         if _out_of_patience(job):
             logger.info("stopped early: no better validation loss in %d validations", job.recipe.run.patience)
             break
@@ -100,7 +104,7 @@ def run_loop(job: Job, stop: Stop) -> bool:
     return True
 
 
-def _one_step(job: Job, rows: Sequence[Tokens], total: int) -> None:
+def _one_step(job: Job, rows: Sequence[Tokens], total: int, *, first: bool) -> None:
     started = time.perf_counter()
     progress, parameters = job.progress, job.policy.parameters_by_name()
     factor = lr_factor(job.recipe.optim, progress.step, total)
@@ -110,15 +114,15 @@ def _one_step(job: Job, rows: Sequence[Tokens], total: int) -> None:
     norm = _clip(list(parameters.values()), job.recipe.optim.clip)
     if not math.isfinite(norm):
         raise not_finite(f"the gradient norm is {norm}", [row.key for row in rows])
-    first = progress.step == 0
-    before = watch.fingerprint(parameters) if first else {}
-    without = [name for name, p in parameters.items() if p.grad is None] if first else []
+    untried = progress.step == 0
+    before = watch.steepest(parameters) if untried else {}
     job.optimizer.step()
-    if first:
-        watch.after_first_step(parameters, before, without, job.peak_lr * factor)
+    if untried:
+        watch.after_first_step(parameters, before, job.peak_lr * factor)
     zero_gradients(job.policy)
     progress.step += 1
-    _record(job, rows, result, norm, job.peak_lr * factor, time.perf_counter() - started)
+    ended = time.perf_counter()
+    _record(job, rows, result, norm, job.peak_lr * factor, ended - started, ended - job.began if first else None)
 
 
 def _clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
@@ -129,7 +133,9 @@ def _clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
     return float(norm)
 
 
-def _record(job: Job, rows: Sequence[Tokens], result: StepResult, norm: float, lr: float, seconds: float) -> None:
+def _record(
+    job: Job, rows: Sequence[Tokens], result: StepResult, norm: float, lr: float, seconds: float, first_step_seconds: float | None
+) -> None:
     progress = job.progress
     progress.tokens += result.tokens
     progress.trained_tokens += result.trained_tokens
@@ -146,9 +152,11 @@ def _record(job: Job, rows: Sequence[Tokens], result: StepResult, norm: float, l
         "trained_tokens": result.trained_tokens,
         "tokens_per_s": result.tokens / max(seconds, 1e-9),
         "seconds": seconds,
+        **job.gauge.of(rows, seconds),
         "memory_gb": memory_gb(),
         "epoch": job.source.epochs_done(progress.step),
         **result.metrics,
+        **({} if first_step_seconds is None else {"first_step_seconds": first_step_seconds}),
     }
     run, end = job.recipe.run, progress.step == job.source.total
     better = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tunesmith.training.state import Identity
 PROBES = 4
 PROBE_ANSWER = 32
 PROBE_PROMPT = 480
+PROBE_PASS = 1024  # tokens
 # Adding floats in another order moves a log-probability by about this much; bf16 keeps 8 bits of mantissa.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
 
@@ -62,11 +64,13 @@ def probe_rows(rows: TokenSet) -> list[Tokens]:
 
 @torch.no_grad()
 def live_logprobs(policy: Policy, probes: Sequence[Tokens]) -> list[list[float]]:
-    """What the model in memory says of the probes."""
-    out = []
-    for probe in probes:
-        outputs = policy.score(pack([probe], len(probe))[0])
-        out.append([float(value) for value in outputs.logp.float().tolist()])
+    """What the model in memory says of the probes, in as few passes as training would take."""
+    out: list[list[float]] = [[] for _ in probes]
+    for batch in pack([replace(probe, key=str(place)) for place, probe in enumerate(probes)], PROBE_PASS) if probes else []:
+        outputs = policy.score(batch)
+        owners = np.searchsorted([segment.start for segment in batch.segments], outputs.index.cpu().numpy(), side="right") - 1
+        for owner, value in zip(owners.tolist(), outputs.logp.float().tolist(), strict=True):
+            out[int(batch.segments[owner].key)].append(value)
     return out
 
 
@@ -111,10 +115,10 @@ def model_hash(folder: str, revision: str | None) -> str:
     return folder_hash(path, (".safetensors", ".bin", "config.json"))
 
 
-def identify(recipe: Recipe, base: str, prepared: Prepared) -> Identity:
-    """What a run is made of: recipe, rows, template and base weights."""
+def identify(recipe: Recipe, prepared: Prepared, base_hash: str) -> Identity:
+    """What a run is made of: recipe, rows, template and base weights (their `model_hash`)."""
     data = prepared.train.hash + (prepared.validation.hash if prepared.validation else "")
-    return Identity(recipe.identity(), data, prepared.template.hash, model_hash(base, recipe.model.revision))
+    return Identity(recipe.identity(), data, prepared.template.hash, base_hash)
 
 
 def code_hash() -> str:

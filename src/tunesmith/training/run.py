@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.model.load import check_vocabulary, choose_device, resolve
+from tunesmith.model.memory import whole_bytes
 from tunesmith.model.policy import Policy, build_policy
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods
@@ -28,9 +31,10 @@ from tunesmith.training.lock import demand_free, hold
 from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
 from tunesmith.training.parallel import Ranks, join, leave
-from tunesmith.training.receipt import identify, precision
+from tunesmith.training.receipt import identify, model_hash, precision
 from tunesmith.training.sinks import Sinks, open_sinks
 from tunesmith.training.source import Offline
+from tunesmith.training.speed import gauge_of
 from tunesmith.training.state import Identity, Progress
 from tunesmith.training.step import Budget
 
@@ -52,13 +56,18 @@ def train(
     Returns {"run", "steps", "final", "metrics", "best", "seconds", "tokens_per_s", "receipt"}, or {"stages": [...]} for stages.
     Raises the errors of core/errors.py, and Interrupted after Ctrl-C.
     """
-    loaded = _loaded(recipe, set_values)
-    if len(loaded) == 1 and not loaded[0].name:
-        return train_one(loaded[0], fresh=fresh)
+    return train_stages(_loaded(recipe, set_values), fresh=fresh, began=time.perf_counter())
+
+
+def train_stages(stages: Sequence[Loaded], *, fresh: bool, began: float) -> Result:
+    """`train` for recipes that are read already; `began` (time.perf_counter) is where the time to the first step is counted from."""
+    if len(stages) == 1 and not stages[0].name:
+        return train_one(stages[0], fresh=fresh, began=began)
     results = []
-    for stage in loaded:
+    for stage in stages:
         logger.info("stage %s", stage.name)
-        results.append({**train_one(stage, fresh=fresh), "name": stage.name})
+        results.append({**train_one(stage, fresh=fresh, began=began), "name": stage.name})
+        began = time.perf_counter()
     return {"stages": results}
 
 
@@ -82,7 +91,7 @@ class Built:
     job: Job
 
 
-def train_one(loaded: Loaded, *, fresh: bool = False) -> Result:
+def train_one(loaded: Loaded, *, fresh: bool = False, began: float) -> Result:
     """Train one recipe; a finished run with the same identity is not run again."""
     recipe = loaded.recipe
     ranks = join(recipe.run.device)
@@ -95,42 +104,67 @@ def train_one(loaded: Loaded, *, fresh: bool = False) -> Result:
             states.set_aside(run)
         ranks.barrier()
         started = time.perf_counter()
-        identity, prepared, tokenizer = _identify(recipe, run, ranks)
-        done = finish.finished(run, identity)
+        identity, prepared, tokenizer = _prepare(recipe, ranks)
+        done = _earlier(run, identity)
         if done is not None:
             logger.info("%s is finished already and nothing changed; use --fresh to train it again", run)
             return done
         with ExitStack() as held:
-            built = _build(loaded, run, identity, prepared, tokenizer, ranks, held)
+            built = _build(loaded, run, identity, prepared, tokenizer, ranks, began, held)
             return _train(loaded, built, started)
     finally:
         leave()
 
 
-def _identify(recipe: Recipe, run: Path, ranks: Ranks) -> tuple[Identity, Prepared, Any]:
-    base = resolve(recipe.model.base)
-    tokenizer = load_tokenizer(base, recipe.model.revision)
+def _prepare(recipe: Recipe, ranks: Ranks) -> tuple[Callable[[], Identity], Prepared, Any]:
+    """The run's identity, as a function because hashing the base goes on beside the rest, its rows and its tokenizer."""
+    base, revision = resolve(recipe.model.base), recipe.model.revision
+    # Hashing lets other threads work; these are daemons, so an error does not wait for them.
+    hashed = ThreadPool(1).apply_async(model_hash, (base, revision)) if Path(base).is_dir() else None
+    tokenizer = load_tokenizer(base, revision)
     if not ranks.first:
         ranks.barrier()  # the first rank fills the cache, the others read it
     prepared = prepare(recipe, tokenizer)
     if ranks.first:
         ranks.barrier()
         logger.info("%s", prepared.ledger.summary())
-    identity = identify(recipe, base, prepared)
+
+    @cache
+    def identity() -> Identity:
+        # The files of a hub id may all be here only once the model was loaded.
+        return identify(recipe, prepared, hashed.get() if hashed is not None else model_hash(base, revision))
+
+    return identity, prepared, tokenizer
+
+
+def _earlier(run: Path, identity: Callable[[], Identity]) -> Result | None:
+    """The result that the folder holds already. Raises CheckpointError (other_run) when what is there belongs to another recipe."""
     saved = states.steps_saved(run)
+    if not saved and not (run / "receipt.json").exists():
+        return None
     if saved:
-        states.demand_same(states.read_state(states.folder_of(run, saved[-1]))[1], identity, run)
-    elif (run / "receipt.json").exists() and finish.finished(run, identity) is None:
+        states.demand_same(states.read_state(states.folder_of(run, saved[-1]))[1], identity(), run)
+    done = finish.finished(run, identity())
+    if done is None and not saved:
         raise CheckpointError(
             "the folder holds a finished run of another recipe",
             where=str(run),
             remedy="choose another run.out, or start anew with --fresh (the old run is kept aside)",
             code="other_run",
         )
-    return identity, prepared, tokenizer
+    return done
 
 
-def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, tokenizer: Any, ranks: Ranks, held: ExitStack) -> Built:
+def _build(
+    loaded: Loaded,
+    run: Path,
+    identity: Callable[[], Identity],
+    prepared: Prepared,
+    tokenizer: Any,
+    ranks: Ranks,
+    began: float,
+    held: ExitStack,
+) -> Built:
     recipe = loaded.recipe
     device = str(choose_device(recipe.run.device if ranks.world == 1 else _rank_device(recipe.run.device, ranks)))
     torch.manual_seed(recipe.run.seed)
@@ -138,15 +172,11 @@ def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, to
     check_vocabulary(policy.causal, tokenizer)
     policy.set_neftune(recipe.run.neftune_alpha)
     source = Offline(prepared.train, recipe.run)
-    budget = Budget(micro_tokens(recipe, device))
-    longest = max(int(prepared.train.lengths.max()), min(budget.tokens, int(prepared.train.lengths.sum())))
-    policy.set_checkpointing(
-        policy.wants_checkpointing(longest) if recipe.run.checkpointing == "auto" else recipe.run.checkpointing == "on"
-    )
+    budget = _fit(recipe, policy, prepared, ranks)
     parameters = policy.parameters_by_name()
     lr = peak_lr(recipe.optim, recipe.model.adapter is not None)
     optimizer = build_optimizer(recipe.optim, lr, parameters, policy.model)
-    progress = Progress()
+    progress, known = Progress(), identity()
     if ranks.first:
         run.mkdir(parents=True, exist_ok=True)
         held.enter_context(hold(run))
@@ -164,30 +194,66 @@ def _build(loaded: Loaded, run: Path, identity: Identity, prepared: Prepared, to
         progress, _ = states.read_state(folder)
         states.restore(folder, policy, optimizer)
         logger.info("going on after step %d of %d", progress.step, source.total)
-    trained = sum(p.numel() for p in parameters.values())
-    logger.info(
-        "training %s of %s parameters on %s rows for %d steps (%s, %s, layout %s)",
-        f"{trained:,}",
-        f"{sum(p.numel() for p in policy.model.parameters()):,}",
-        f"{len(prepared.train):,}",
-        source.total,
-        device,
-        precision(policy),
-        policy.layout,
-    )
+    _announce(policy, source)
     validation = [prepared.validation[i] for i in range(len(prepared.validation))] if prepared.validation else None
     sinks = Sinks([])
     if ranks.first:
         sinks = open_sinks(run, recipe.run.trackers, recipe.as_dict(), total=source.total, done=progress.step)
-    job = Job(recipe, run, policy, optimizer, lr, methods(recipe.objective), source, validation, identity, progress, budget, ranks, sinks)
+    gauge = gauge_of(policy, ranks)
+    job = Job(
+        recipe, run, policy, optimizer, lr, methods(recipe.objective), source, validation, known, progress, budget, ranks, sinks,
+        gauge, began,
+    )  # fmt: skip
     return Built(prepared, tokenizer, policy, job)
 
 
-def micro_tokens(recipe: Recipe, device: str) -> int:
-    """Tokens of one forward pass: what the recipe says, or what suits the device's caches (CPU) or its width (GPU)."""
-    if isinstance(recipe.run.micro_tokens, int):
-        return recipe.run.micro_tokens
-    return 16_384 if device.startswith("cuda") else 1_024
+def _announce(policy: Policy, source: Offline) -> None:
+    trained = sum(p.numel() for p in policy.parameters_by_name().values())
+    logger.info(
+        "training %s of %s parameters on %s rows for %d steps (%s, %s, layout %s)",
+        f"{trained:,}",
+        f"{sum(p.numel() for p in policy.model.parameters()):,}",
+        f"{len(source.rows):,}",
+        source.total,
+        policy.device,
+        precision(policy),
+        policy.layout,
+    )
+
+
+def _fit(recipe: Recipe, policy: Policy, prepared: Prepared, ranks: Ranks) -> Budget:
+    """The size of micro-batches, and as many layers recomputing as it then takes."""
+    longest, all_tokens = int(prepared.train.lengths.max()), int(prepared.train.lengths.sum())
+    budget = Budget(micro_tokens(recipe.run.micro_tokens, policy, longest, ranks))
+    tokens = max(longest, min(budget.tokens, all_tokens))
+    setting = recipe.run.checkpointing
+    if setting == "auto":
+        count: int | bool = policy.layers_to_recompute(tokens, longest, share=_sharing(policy, ranks))
+    else:
+        count = setting if isinstance(setting, int) else setting == "on"
+    policy.set_checkpointing(count)
+    if count:
+        logger.info("micro-batches of at most %d tokens, %s layers recompute activations", tokens, "all" if count is True else count)
+    return budget
+
+
+def micro_tokens(setting: int | str, policy: Policy, longest: int, ranks: Ranks) -> int:
+    """Tokens of one forward pass: what the recipe says, or the most that suits the device and needs no recomputation.
+
+    `longest` is the longest row. The choice is that of all processes, because they cut the same step, and it depends on the memory that is
+    built in and not on what is free now, so that a run which goes on cuts its steps as before.
+    """
+    if isinstance(setting, int):
+        return setting
+    choices = (32_768, 16_384, 8_192) if policy.device.type == "cuda" else (1_024, 512)
+    room = whole_bytes(policy.device) // _sharing(policy, ranks)
+    agreed = ranks.sum([float(policy.fits(max(tokens, longest), longest, room)) for tokens in choices])
+    return next((tokens for tokens, votes in zip(choices, agreed, strict=True) if votes == ranks.world), choices[-1])
+
+
+def _sharing(policy: Policy, ranks: Ranks) -> int:
+    """How many processes share the memory of the device."""
+    return 1 if policy.device.type == "cuda" else ranks.world
 
 
 def _rank_device(device: str, ranks: Ranks) -> str:

@@ -56,7 +56,8 @@ class Lines:
         evaluated = "eval/loss" in values
         if step in (1, self._total) or step % self._every == 0 or evaluated:
             words = [f"step {step}/{self._total}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"]
-            words += [f"grad {values['grad_norm']:.3f}", f"{values['tokens_per_s']:.0f} tok/s", f"{values['memory_gb']:.2f} GB"]
+            words += [f"grad {values['grad_norm']:.3f}", f"{values['tokens_per_s']:.0f} tok/s", f"mfu {values['mfu']:.2f}"]
+            words.append(f"{values['memory_gb']:.2f} GB")
             if evaluated:
                 words.append(f"validation loss {values['eval/loss']:.4f} (perplexity {values['eval/perplexity']:.3f})")
             logger.info("  ".join(words))
@@ -91,7 +92,8 @@ class Bar:
         """Move the bar."""
         if "eval/loss" in values:
             self._eval = f" [cyan]valid {values['eval/loss']:.4f}[/]"
-        said = f"loss [green]{values['loss']:.4f}[/]{self._eval} {values['tokens_per_s']:.0f} tok/s {values['memory_gb']:.1f} GB"
+        said = f"loss [green]{values['loss']:.4f}[/]{self._eval} "
+        said += f"{values['tokens_per_s']:.0f} tok/s mfu {values['mfu']:.2f} {values['memory_gb']:.1f} GB"
         self._bar.update(self._task, completed=step, said=said)
 
     def close(self) -> None:

@@ -11,9 +11,12 @@ from tunesmith.core.errors import CapacityError, ModelError
 from tunesmith.core.log import logger
 from tunesmith.core.types import Batch, Tokens
 from tunesmith.data.pack import pack
+from tunesmith.model.gradients import direct
 from tunesmith.model.policy import Policy
 from tunesmith.objective import Method
 from tunesmith.training.parallel import Ranks
+
+LARGE = 32 << 20  # bytes above which a CPU's allocator maps memory anew each time (see model/allocator.py)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def gradient_step(policy: Policy, rows: Sequence[Tokens], methods: Sequence[Meth
     while True:
         batches = pack(rows, budget.tokens)[ranks.rank :: ranks.world]
         try:
-            result = _accumulate(policy, batches, methods, ranks)
+            with policy.steady(), direct():
+                result = _accumulate(policy, batches, methods, ranks)
             ranks.sum_gradients(policy.parameters_by_name().values())
             return result
         except (RuntimeError, MemoryError) as error:
@@ -133,9 +137,12 @@ def not_finite(what: str, keys: Sequence[str]) -> ModelError:
 
 
 def zero_gradients(policy: Policy) -> None:
-    """Drop all gradients."""
+    """Drop all gradients; the very large ones of embeddings and heads are filled with zeros instead, room for them is costly to get."""
     for parameter in policy.parameters_by_name().values():
-        parameter.grad = None
+        if parameter.grad is not None and parameter.grad.device.type == "cpu" and parameter.grad.nbytes > LARGE:
+            parameter.grad.zero_()
+        else:
+            parameter.grad = None
 
 
 def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -154,11 +161,12 @@ def validation_loss(policy: Policy, rows: Sequence[Tokens], budget: Budget, rank
     policy.train_mode(False)
     total = weight = 0.0
     batches = pack(rows, budget.tokens)[ranks.rank :: ranks.world]
-    for batch in batches:
-        if batch.train.any():
-            outputs = policy.score(batch)
-            total -= float((outputs.logp.double() * outputs.train.double()).sum())
-            weight += float(outputs.train.double().sum())
+    with policy.steady():
+        for batch in batches:
+            if batch.train.any():
+                outputs = policy.score(batch)
+                total -= float((outputs.logp.double() * outputs.train.double()).sum())
+                weight += float(outputs.train.double().sum())
     policy.train_mode(True)
     total, weight = ranks.sum([total, weight])
     return total / max(weight, 1e-12)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from tunesmith.core.errors import ModelError
@@ -14,27 +13,30 @@ from tunesmith.core.log import logger
 WINDOW = 50
 
 
-def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """One number for each tensor that changes when any of its values does (with overwhelming likelihood)."""
+def steepest(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """For each tensor with a gradient: where that is largest, and the value that stands there; a step that moves anything moves this."""
     out = {}
     for name, tensor in parameters.items():
-        flat = tensor.detach().reshape(-1).double()
-        out[name] = float((flat * torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)).sum())
+        if tensor.grad is not None and tensor.numel():
+            place = int(tensor.grad.reshape(-1).abs().argmax())
+            out[name] = place, float(tensor.detach().reshape(-1)[place])
     return out
 
 
-def after_first_step(parameters: Mapping[str, Tensor], before: Mapping[str, float], no_gradient: Sequence[str], lr: float) -> None:
-    """Demand that the first step moved something. Raises ModelError (nothing_moved); tensors without a gradient are named in the log."""
-    if no_gradient:
+def after_first_step(parameters: Mapping[str, Tensor], before: Mapping[str, tuple[int, float]], lr: float) -> None:
+    """Demand that the step since `before` (see `steepest`) moved something.
+
+    Raises ModelError (nothing_moved); tensors without a gradient are named in the log.
+    """
+    if no_gradient := [name for name in parameters if name not in before]:
         logger.warning(
             "%d trainable tensors got no gradient in the first step, e.g. %s (normal only for unused experts)",
             len(no_gradient),
             ", ".join(no_gradient[:3]),
         )
-    after = fingerprint(parameters)
-    if lr > 0 and all(after[name] == before[name] for name in before):
+    if lr > 0 and all(float(parameters[name].detach().reshape(-1)[place]) == value for name, (place, value) in before.items()):
         raise ModelError(
-            f"the first step changed none of the {len(before)} trainable tensors",
+            f"the first step changed none of the {len(parameters)} trainable tensors",
             where="optimizer",
             remedy="raise optim.lr; in bf16 tiny updates vanish, so keep trained weights in fp32",
             code="nothing_moved",

@@ -1,0 +1,330 @@
+"""What benchmarks/sft.py runs, each in a process of its own: write model and rows, train with ours, train with TRL, profile ours.
+
+Both sides take the token ids and labels that our pipeline makes, so that they train the same tokens. What stands behind a row's last
+trained token is left out on both. Rates count a row up to and including that token: TRL feeds it to the model, we do not (it is
+a target and no input).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RANK, ALPHA = 16, 32
+SHAPE = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30, "num_attention_heads": 9}
+SHAPE |= {"num_key_value_heads": 3, "max_position_embeddings": 8_192}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PRECISIONS = {  # name -> (precision of the loaded weights, bf16 autocast)
+    "fp32": ("float32", False),
+    "fp32 under bf16 autocast": ("float32", True),
+    "bf16 under bf16 autocast": ("bfloat16", True),
+    "bf16": ("bfloat16", False),
+}
+START_ROWS = 1_000
+Setting = dict[str, Any]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on both sides, which settings are tried, and what is `wanted` (speed ratio: wanted, stretch)."""
+
+    name: str
+    model: str
+    data: list[str]
+    start: str
+    lora: bool
+    dtype: str
+    lr: float
+    examples: int
+    ours: list[Setting]
+    trl: list[Setting]
+    beside: list[Setting]
+    wanted: tuple[float, float]
+
+
+def recipe_of(case: Case, setting: Setting, out: str) -> dict[str, Any]:
+    """Our recipe of a case; `limit` in the setting reads so many rows only, `dtype` and `fast` replace the case's."""
+    model = {"base": case.model, "dtype": setting.get("dtype", case.dtype), "fast": setting.get("fast", {})}
+    limit = {"limit": setting["limit"]} if "limit" in setting else {}
+    return {
+        "model": model | ({"adapter": {"rank": RANK, "alpha": ALPHA}} if case.lora else {}),
+        "data": {"train": [{"path": path, **limit} for path in case.data]},
+        "tokens": {"max_length": 4_096},
+        "optim": {"lr": case.lr, "schedule": "constant", "warmup": 0, "weight_decay": 0},
+        "run": {
+            "epochs": 1, "batch": {"examples": case.examples}, "micro_tokens": setting.get("micro_tokens", 1_024), "out": out, "samples": 0,
+            "save_every": 0, "checkpointing": "off",
+        },
+    }  # fmt: skip
+
+
+def build(work: Path, data: str, quick: bool) -> Result:
+    """Write the rows of all cases, and the model of SmolLM2-135M's shape with a tokenizer trained on the rows."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from tunesmith import pocket
+    from tunesmith.core.files import write_jsonl
+    from tunesmith.pocket.tickets import training_rows
+
+    rows = file_rows(data) if data else ticket_rows(START_ROWS)
+    write_jsonl(work / "rows.jsonl", rows[: 8 if quick else 32])
+    write_jsonl(work / "start.jsonl", rows[:START_ROWS])
+    write_jsonl(work / "tickets.jsonl", training_rows(48 if quick else 384, 0))
+    write_jsonl(work / "many-tickets.jsonl", training_rows(START_ROWS, 0))
+    # The demo has one row of general text to six tickets.
+    texts = pocket.replay_text().read_text(encoding="utf-8").splitlines()[: 8 if quick else 64]
+    write_jsonl(work / "text.jsonl", [json.loads(line) for line in texts])
+    trained = ByteLevelBPETokenizer()
+    words = (message["content"] for row in rows for message in row["messages"])
+    trained.train_from_iterator(words, vocab_size=SHAPE["vocab_size"], special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(work / "model")
+    torch.manual_seed(0)
+    shape = SHAPE | ({"num_hidden_layers": 2} if quick else {})
+    config = LlamaConfig(**shape, tie_word_embeddings=True, rope_theta=100_000.0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(work / "model")
+    return {"rows": len(rows), "vocabulary": len(tokenizer), "start_rows": min(len(rows), START_ROWS)}
+
+
+def file_rows(path: str) -> list[dict[str, Any]]:
+    """All conversations of a file in any of our formats."""
+    from tunesmith.core.recipe import Source
+    from tunesmith.data.detect import detect
+    from tunesmith.data.formats import FORMATS
+    from tunesmith.data.sources import read
+
+    source = Source(path=path)
+    found = [(key, row) for key, row in read(source) if isinstance(row, dict)]
+    name = detect(found, source)
+    dialogs = [FORMATS[name].function(row, key) for key, row in found]
+    return [{"messages": [message.as_dict() for message in dialog.messages]} for dialog in dialogs if hasattr(dialog, "messages")]
+
+
+def ticket_rows(count: int) -> list[dict[str, Any]]:
+    """Longer rows of the bundled grammar: to write one to eight tickets, each with its label."""
+    from tunesmith.pocket.tickets import training_rows
+
+    tickets = iter(training_rows(count * 9 // 2, 0))
+    rows = []
+    for number in (1 + place * 5 % 8 for place in range(count)):
+        parts = [next(tickets)["messages"] for _ in range(number)]
+        answer = "\n\n".join(f"{part[1]['content']}\n{part[2]['content']}" for part in parts)
+        ask = {"role": "user", "content": f"Write {number} tickets with their labels."}
+        rows.append({"messages": [ask, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def prepared(case: Case, setting: Setting) -> Any:
+    """The token set of a case."""
+    from tunesmith.core.recipe import Recipe
+    from tunesmith.data.prepare import prepare
+    from tunesmith.model.load import resolve
+    from tunesmith.model.tokenizer import load_tokenizer
+
+    recipe = Recipe(**recipe_of(case, setting, ""))
+    return prepare(recipe, load_tokenizer(resolve(case.model), None)).train
+
+
+def end_of(row: Any) -> int:
+    """Tokens of a row up to and including the last trained one."""
+    return int(row.train.nonzero()[0][-1]) + 1
+
+
+def ours(case: Case, setting: Setting) -> Result:
+    """One pass of our trainer."""
+    import torch
+
+    from tunesmith.core.files import read_json
+    from tunesmith.core.recipe import StepBatch
+    from tunesmith.data.order import epoch_steps
+    from tunesmith.training.run import train
+    from tunesmith.training.sinks import read_metrics
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(recipe_of(case, setting, f"{folder}/run"))
+        steps, receipt = read_metrics(Path(folder, "run", "metrics.jsonl")), read_json(Path(folder, "run", "receipt.json"))
+    rows = prepared(case, setting)
+    plan = epoch_steps(rows.lengths, rows.repeats, StepBatch(examples=case.examples), 0, 0)
+    if [step["tokens"] for step in steps] != [int(rows.lengths[step].sum()) for step in plan]:
+        raise SystemExit("the steps did not hold the rows that the order says")
+    speed = receipt["speed"]
+    return {
+        "tokens": [sum(end_of(rows[int(row)]) for row in step) for step in plan],
+        "trained": [step["trained_tokens"] for step in steps],
+        "seconds": [step["seconds"] for step in steps],
+        "flops": [step["tflops"] * 1e12 * step["seconds"] for step in steps],
+        "losses": [step["loss"] for step in steps],
+        "grad_norms": [step["grad_norm"] for step in steps],
+        "memory_gb": steps[-1]["memory_gb"],
+        "gemm": {"name": speed["gemm"], "flops": speed["gemm_tflops"] * 1e12},
+        "formula": speed["formula"],
+        "fast_paths": receipt["fast_paths"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def trl(case: Case, setting: Setting) -> Result:
+    """One pass of TRL's SFTTrainer over the same tokens, sorted by length, no checkpointing."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import SFTTrainer
+
+    from tunesmith.model.flops import count, measure_gemm
+    from tunesmith.model.load import resolve
+    from tunesmith.model.tokenizer import load_tokenizer
+
+    weights, autocast = PRECISIONS[setting["precision"]]
+    base, rows = resolve(case.model), sorted(prepared(case, setting), key=end_of)
+    cut = [(row.ids[: end_of(row)].tolist(), row.train[: end_of(row)]) for row in rows]
+    labels = [[word if trained else -100 for word, trained in zip(ids, train, strict=True)] for ids, train in cut]
+    dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in cut], "labels": labels})
+    clock, counts = clock_of(), {"tokens": 0, "trained": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, weights)),
+            args=sft_config(folder, case, setting["batch"], autocast),
+            train_dataset=dataset,
+            processing_class=load_tokenizer(base, None),
+            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM") if case.lora else None,
+            callbacks=[clock],
+        )
+        collate = trainer.data_collator
+
+        def counted(examples: list[Any]) -> Any:
+            batch = collate(examples)
+            counts["tokens"] += int(batch["attention_mask"].sum())
+            counts["trained"] += int((batch["labels"][:, 1:] != -100).sum())
+            return batch
+
+        trainer.data_collator = counted
+        trainer.train()
+    if counts != {"tokens": sum(map(end_of, rows)), "trained": sum(int((row.train != 0).sum()) for row in rows)}:
+        raise SystemExit(f"the peer was fed other tokens than were handed to it: {counts}")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated() / 1e9
+    steps = [rows[start : start + case.examples] for start in range(0, len(rows), case.examples)]
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if len(clock.seconds) != len(steps) or len(log) != len(steps):
+        raise SystemExit(f"the peer made {len(clock.seconds)} steps of {len(steps)}")
+    work = count(trainer.model.get_base_model() if case.lora else trainer.model)
+    gemm = measure_gemm(trainer.args.device, torch.bfloat16 if autocast or weights == "bfloat16" else torch.float32)
+    return {
+        "tokens": [sum(map(end_of, step)) for step in steps],
+        "trained": [sum(int((row.train != 0).sum()) for row in step) for step in steps],
+        "seconds": clock.seconds,
+        "flops": [work.of(step) for step in steps],
+        "losses": [entry["loss"] for entry in log],
+        "grad_norms": [entry["grad_norm"] for entry in log],
+        "memory_gb": memory,
+        "gemm": {"name": f"{gemm.size}^3 {gemm.dtype}", "flops": gemm.flops},
+        "formula": work.formula,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def clock_of() -> Any:
+    """A callback that times every optimizer step; collating its rows and writing its log are outside."""
+    import torch
+    from transformers import TrainerCallback
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self._began = now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(now() - self._began)
+
+    return Clock()
+
+
+def sft_config(folder: str, case: Case, batch: int, autocast: bool) -> Any:
+    """TRL's settings: the same optimizer and steps as ours."""
+    import torch
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=max(1, case.examples // batch),
+        num_train_epochs=1, learning_rate=case.lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, bf16=autocast,
+        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, max_length=None, train_sampling_strategy="sequential",
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+
+
+def profile(case: Case, setting: Setting) -> Result:
+    """torch.profiler's table of one pass of ours, after another one to warm up."""
+    import torch
+
+    from tunesmith.core.recipe import Recipe
+    from tunesmith.model.policy import build_policy
+    from tunesmith.objective import methods
+    from tunesmith.training.optim import build_optimizer
+    from tunesmith.training.parallel import Ranks
+    from tunesmith.training.step import Budget, gradient_step, zero_gradients
+
+    recipe, rows = Recipe(**recipe_of(case, setting, "")), list(prepared(case, setting))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = build_policy(recipe.model, device, seed=0)
+    policy.train_mode(True)
+    optimizer = build_optimizer(recipe.optim, case.lr, policy.parameters_by_name(), policy.model)
+    ranks, terms = Ranks(), methods(recipe.objective)
+
+    def once() -> None:
+        for start in range(0, len(rows), case.examples):
+            gradient_step(policy, rows[start : start + case.examples], terms, Budget(setting["micro_tokens"]), ranks)
+            torch.nn.utils.clip_grad_norm_(policy.parameters_by_name().values(), 1.0)
+            optimizer.step()
+            zero_gradients(policy)
+
+    once()
+    with torch.profiler.profile() as profiler:
+        once()
+    order = f"self_{device}_time_total"
+    return {"table": profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=45)}
+
+
+KINDS: dict[str, Callable[[Case, Setting], Result]] = {"ours": ours, "trl": trl, "profile": profile}
+
+
+def main() -> None:
+    """Read a job (what, case, setting), do it, write its result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("result", type=Path)
+    words = parser.parse_args()
+    job = json.loads(words.job.read_text(encoding="utf-8"))
+    if job["what"] == "build":
+        result = build(Path(job["work"]), job["data"], job["quick"])
+    else:
+        result = KINDS[job["what"]](Case(**job["case"]), job["setting"])
+    words.result.write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
