@@ -59,7 +59,8 @@ def cases(work: Path, quick: bool) -> dict[str, Case]:
     )  # fmt: skip
     pocket = Case(
         "pocket", "pocket", [str(work / "tickets.jsonl"), str(work / "text.jsonl")], str(work / "many-tickets.jsonl"), True, "fp32", 2e-3,
-        16, micro, grid((1, 2, 4, 8, 16), ("fp32", over, "bf16")), [], (3.0, 5.0),
+        16, [size | {"dtype": dtype} for dtype in ("bf16", "fp32") for size in micro], grid((1, 2, 4, 8, 16), ("fp32", over, "bf16")), [],
+        (3.0, 5.0),
     )  # fmt: skip
     found = {case.name: case for case in (lora, full, pocket)}
     return {name: replace(case, ours=case.ours[1:2], trl=case.trl[1:2], beside=[]) if quick else case for name, case in found.items()}
@@ -174,7 +175,7 @@ def compare_first_step(bench: Bench, case: Case, best: dict[str, Setting]) -> Re
     demand_same(case, runs["ours"], runs["trl"])
     losses = {side: run["losses"][0] for side, run in runs.items()}
     far = abs(losses["ours"] - losses["trl"])
-    precise = case.dtype == "fp32" and best["trl"]["precision"] == "fp32"
+    precise = best["ours"].get("dtype", case.dtype) == "fp32" and best["trl"]["precision"] == "fp32"
     found = {"loss": losses, "grad_norm": {side: run["grad_norms"][0] for side, run in runs.items()}, "difference": far}
     say(f"  first step: loss {losses['ours']:.5f} ours, {losses['trl']:.5f} TRL")
     if far > FAR["fp32" if precise else "bf16"]:

@@ -65,10 +65,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bf16 faster than in fp32: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """fp32 or bf16; `auto` is bf16 on a GPU that computes in it, else fp32."""
+    """fp32 or bf16; `auto` is bf16 on a GPU that computes in it, else fp32, also on a CPU (whose users compare numbers first)."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and multiplies_bf16(device) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
