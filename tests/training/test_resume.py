@@ -64,8 +64,7 @@ STOPPED = [
     # Without dropout the decoder layers of an adapter run fused too.
     *((kind, TOKENS, {"dtype": "bf16"}, quiet) for kind in KINDS),
     ("lora", EXAMPLES, {}, quiet),
-    ("lora", TOKENS, {"way": "plain"}, noisy),
-    ("full", TOKENS, {"way": "layers off", "dtype": "bf16"}, noisy),
+    ("full", TOKENS, {"way": "plain"}, noisy),
 ]
 
 
