@@ -185,6 +185,7 @@ def rotary_tables(cos: Tensor, sin: Tensor, layout: Layout, keys: int, group: in
     """The tables for this layout from transformers' cos and sin [1, T, D], worked out once for all layers that share them."""
     name = ("rotary", cos.data_ptr(), sin.data_ptr(), keys, group, scale, dtype)
     if name not in layout.kept:
+        held = (cos, sin)  # kept, so that no other tensor takes their address while it is a name
         rows, key_rows = layout.queries(keys, group), layout.keys(keys)
         cos, sin = cos[0].to(wide(dtype)), sin[0].to(wide(dtype))
         signed = torch.cat([-sin[:, : sin.shape[1] // 2], sin[:, sin.shape[1] // 2 :]], 1)
@@ -200,7 +201,7 @@ def rotary_tables(cos: Tensor, sin: Tensor, layout: Layout, keys: int, group: in
                 pair(tokens.repeat_interleave(rows.heads), -1, scale),
                 pair(tokens.repeat_interleave(keys), -1, 1.0),
             ),
-            (cos, sin),
+            held,
         )
     found: tuple[Rotary, tuple[Tensor, Tensor]] = layout.kept[name]
     return found[0]
