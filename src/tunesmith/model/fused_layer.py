@@ -34,9 +34,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Tables of one forward pass: for query and key rows in padded order [R, D], and for the way back in token order.
+    """Pairs (cos, signed sin) of one forward pass: for query and key rows in padded order [R, D], and for the way back in token order.
 
-    `turn` goes with the exchanged halves and carries the sign; the query's tables carry the scale of the scores.
+    The sin goes with the exchanged halves; the query's tables carry the scale of the scores.
     """
 
     query: tuple[Tensor, Tensor]
@@ -107,8 +107,7 @@ def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor
     """Gradients with respect to the input (wide), the linear layers, and the norms (first, second, query's, key's)."""
     layers, grads = plan.linear, {}
     narrow = dy.to(plan.dtype)
-    d_gated, (grads["down_proj"],) = _down_backward(narrow, saved, plan)
-    _, d_inner, d_up = d_gated
+    d_inner, d_up, grads["down_proj"] = _down_backward(narrow, saved, plan)
     h = saved.unit2 * plan.second_norm
     dh, (grads["gate_proj"], grads["up_proj"]) = linears_backward(
         [d_inner, d_up], h, saved.small3, [layers["gate_proj"], layers["up_proj"]], True
@@ -130,15 +129,15 @@ def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor
     return dx1.add_(dx), grads, [d_norm1, d_norm2, *d_heads]
 
 
-def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[tuple[Tensor, Tensor, Tensor], list[LinearGrads]]:
+def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor, LinearGrads]:
     """The down product needs the gate's output, which is worked out once more between its two halves."""
     layer = plan.linear["down_proj"]
     d = dy @ layer.weight
     if layer.a is not None and layer.b is not None:
         d.addmm_(dy @ layer.b, layer.a)
-    gated = gate_backward(d, saved.inner, saved.up)
-    _, grads = linears_backward([dy], gated[0], saved.small4, [layer], False)
-    return gated, grads
+    gated, d_inner, d_up = gate_backward(d, saved.inner, saved.up)
+    _, (grads,) = linears_backward([dy], gated, saved.small4, [layer], False)
+    return d_inner, d_up, grads
 
 
 def _to_padded(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -222,9 +221,10 @@ class _FusedLayer(torch.autograd.Function):
         plan = ctx.plan
         if ctx.saved is None and not plan.recompute:
             raise RuntimeError("a second backward pass through the same layer")
-        saved = ctx.saved if ctx.saved is not None else forward(ctx.saved_tensors[0], plan)[1]
-        ctx.saved = None
+        saved, ctx.saved = ctx.saved, None
         with torch.autocast(grads[0].device.type, enabled=False):
+            if saved is None:
+                saved = forward(ctx.saved_tensors[0], plan)[1]
             dx, layers, norms = backward(grads[0], plan, saved, ctx.needs_input_grad[0])
         flat: list[Tensor | None] = list(norms)
         for name in PROJECTIONS:
@@ -234,6 +234,7 @@ class _FusedLayer(torch.autograd.Function):
             if not ctx.needs_input_grad[2 + i]:
                 flat[i] = None
             elif gradient is not None and gradient.dtype != parameter.dtype and gradients.is_direct(parameter):
+                # In the parameter's own dtype autograd takes the tensor as it is, and nothing would be saved.
                 gradients.add(parameter, gradient)
                 flat[i] = None
         return dx, None, *flat

@@ -181,7 +181,7 @@ def _settle_lora(policy: Policy, batch: Batch) -> None:
             plain = policy.score(batch).logp
         fused = lora.fuse(policy.model)
         difference = _differs(policy, batch, plain)
-    if not fused or difference > tolerance(policy, plain):
+    if not fused or not difference <= tolerance(policy, plain):
         lora.unfuse(policy.model)
         policy.note("plain LoRA: " + (f"the fused one differs by {difference:.1e}" if fused else "no layer of a kind that can be fused"))
         return
@@ -192,15 +192,21 @@ def _settle_layers(policy: Policy, batch: Batch) -> None:
     """The whole layer has a backward pass of its own: gradients are compared too."""
     if not policy.fuse_layers():
         return
+    policy.layers = "fused"
     with noisy(policy):
-        policy.layers = "fused"
-        fused, fused_gradient = graded(policy, batch)
-        fuse.unfuse(policy.model)
-        policy.layers = "plain"
+        try:
+            fused, fused_gradient = graded(policy, batch)
+        except FAILURES as error:
+            policy.note(f"plain decoder layers: the fused ones fail ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+            return
+        finally:
+            fuse.unfuse(policy.model)
+            policy.layers = "plain"
         plain, gradient = graded(policy, batch)
     difference = float((fused - plain).abs().mean() if policy.dtype == torch.bfloat16 else (fused - plain).abs().max())
     turned = distance(fused_gradient, gradient)
-    if difference > tolerance(policy, plain) or turned > (0.1 if policy.dtype == torch.bfloat16 else 1e-3):
+    # Written so that NaN is refused.
+    if not (difference <= tolerance(policy, plain) and turned <= (0.1 if policy.dtype == torch.bfloat16 else 1e-3)):
         policy.note(f"plain decoder layers: the fused ones differ by {difference:.1e}, their gradient by {turned:.1e} of its length")
         return
     policy.fuse_layers()
@@ -208,8 +214,9 @@ def _settle_layers(policy: Policy, batch: Batch) -> None:
 
 
 def graded(policy: Policy, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
-    """Log-probabilities, and the gradient of a sum of them with fixed weights in every trained weight but embeddings."""
-    weights = [p for n, p in policy.parameters_by_name().items() if p.dim() == 2 and "layers." in n]
+    """Log-probabilities, and the gradient of a sum of them with fixed weights in every trained weight but embeddings and head."""
+    ends = {id(end.weight) for end in (policy.causal.get_input_embeddings(), policy.causal.get_output_embeddings())}
+    weights = [p for p in policy.parameters_by_name().values() if id(p) not in ends]
     with torch.enable_grad():
         logp = policy.score(batch).logp
         if not weights:
