@@ -1,5 +1,7 @@
 """The CPU kernel against PyTorch's attention, one document at a time, in fp64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,7 +106,43 @@ def test_the_number_of_tokens_is_rounded_up_on_a_cpu_and_positions_restart():
     layout = Layout([40, 3, 1], CPU)
     assert (layout.real, layout.total) == (44, 64)
     assert layout.positions.tolist() == [*range(40), *range(3), 0, *[0] * 20]
-    assert layout.cumulative.tolist() == [0, 40, 43, 44]
+    assert layout.runs.ends.tolist() == layout.runs.key_ends.tolist() == [0, 40, 43, 44]
+    assert layout.runs.keys is None
+
+
+TREES = {
+    "pairs": ([300, 60, 33], {0: (100, (220,)), 2: (8, (20,))}),
+    "many tails": ([400, 300, 290, 20], {0: (BLOCK, (200, 260, 261, 390)), 1: (1, (150,)), 3: (19, (19,))}),
+    "tails across blocks": ([3 * BLOCK], {0: (BLOCK - 3, (BLOCK + 5, 2 * BLOCK - 1))}),
+}
+
+
+@pytest.mark.parametrize(("lengths", "trees"), TREES.values(), ids=TREES)
+@pytest.mark.parametrize(("heads", "keys"), [(2, 2), (6, 2)])
+@pytest.mark.parametrize("keep", [kernel.KEEP_BYTES, 0], ids=["kept", "recomputed"])
+def test_every_tail_sees_its_front_and_itself(lengths, trees, heads, keys, keep, monkeypatch):
+    monkeypatch.setattr(kernel, "KEEP_BYTES", keep)
+    layout = Layout(lengths, CPU, trees)
+    q, k, v = inputs(layout.total, heads, keys)
+    weight = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(9))
+    ours = kernel.bucket_attention(q, k, v, layout, 0.3, 0)
+    outs, places = [], []
+    for number, (start, stop) in enumerate(layout.spans):
+        front, tails = trees.get(number, (0, ()))
+        ends = [0, *tails, stop - start]
+        for begin, end in itertools.pairwise(ends):
+            shared = range(front) if begin else ()
+            rows = [start + i for i in (*shared, *range(begin, end))]
+            one = [t[rows].transpose(0, 1)[None] for t in (q, k, v)]
+            out = F.scaled_dot_product_attention(*one, is_causal=True, scale=0.3, enable_gqa=True)
+            outs.append(out[0].transpose(0, 1)[len(shared) :])
+            places += range(len(shared), len(rows))
+    theirs = torch.cat([*outs, torch.zeros(layout.total - layout.real, *q.shape[1:], dtype=q.dtype)])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    mine, truth = (torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, theirs))
+    for a, b in zip(mine, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert layout.positions[: layout.real].tolist() == places
 
 
 def test_layout_wants_the_longest_first():

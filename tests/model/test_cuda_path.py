@@ -1,5 +1,7 @@
 """What can be shown of the CUDA path without a GPU: shapes and arguments on tensors without data, and that no layer reads a number back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import make_model
@@ -13,12 +15,14 @@ class Plain(torch.nn.Module):
     training = False
 
 
-def attend_on_cuda(heads: int, keys: int, window: int = 0, lengths=(40, 20, 4)) -> torch.Tensor:
+def attend_on_cuda(heads: int, keys: int, window: int = 0, lengths=(40, 20, 4), trees=None) -> torch.Tensor:
     """Attention in bf16 on tensors that say they are on a GPU and hold nothing; reading one of their numbers raises."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         device = torch.device("cuda")
-        layout = Layout(lengths, torch.device("cpu"))
-        layout._cumulative = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
+        layout = Layout(lengths, torch.device("cpu"), trees)
+        runs = layout.runs
+        there = {name: getattr(runs, name) for name in ("ends", "key_ends", "keys")}
+        layout.runs = replace(runs, **{name: t if t is None else torch.empty_like(t, device=device) for name, t in there.items()})
         layout.total = layout.real
         q, k, v = (torch.empty(1, n, layout.total, 32, dtype=torch.bfloat16, device=device) for n in (heads, keys, keys))
         with attention.packed_masks():
@@ -50,4 +54,14 @@ def test_the_window_marker_stays_on_the_host():
     with torch.device("meta"), attention.packed_masks():
         marker = attention._mask(config=object(), local_size=7)
     assert marker.device.type == "cpu"
-    assert attention.window_of(marker, 7) == 7
+    assert attention.window_of(marker, 7, Layout([8], torch.device("cpu"))) == 7
+    assert attention.window_of(marker, 7, Layout([7], torch.device("cpu"))) == 0
+
+
+def test_a_tail_comes_with_the_keys_of_its_front():
+    runs = Layout([10, 4], torch.device("cpu"), {0: (3, (5, 8))}).runs
+    assert runs.ends.tolist() == [0, 5, 8, 10, 14]
+    assert runs.key_ends.tolist() == [0, 5, 11, 16, 20]
+    assert runs.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 0, 1, 2, 8, 9, 10, 11, 12, 13]
+    assert (runs.longest, runs.longest_keys) == (5, 6)
+    assert attend_on_cuda(4, 2, lengths=(50, 14), trees={0: (20, (30,))}).shape == (1, 64, 4, 32)

@@ -46,6 +46,7 @@ class Fast(Section):
     head: bool = Field(True, description="log-probabilities without a logits tensor, trained positions only; off: the model's own logits")
     lora: bool = Field(True, description="LoRA layers in one fused function; off: PEFT's forward (and no `layer` on top of it)")
     layer: bool = Field(True, description="decoder layers as one function each (Llama family, CPU); off: transformers' forward")
+    front: bool = Field(True, description="rows of a pair share the prompt that they begin with; off: each goes through the model whole")
     compile: bool = Field(False, description="decoder layers through torch.compile, in place of `layer`; costs seconds to minutes at start")
     float8: bool = Field(False, description="products with the frozen base in float8 (Hopper GPUs, LoRA in bf16); changes the numbers")
 

@@ -87,7 +87,68 @@ class Prompt:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-Example = Dialog | Text
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, the first preferred; `margin` says by how much where the row does (reward models only)."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    key: str
+    tools: tuple[dict[str, Any], ...] = ()
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One answer with its label: `value` is 1 (good) or 0 (bad) where the row has a yes or no, else its score."""
+
+    prompt: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    value: float
+    key: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A solution in steps, each with its value: 1 where the solution is right up to and including it, 0 where it is not."""
+
+    prompt: tuple[Message, ...]
+    steps: tuple[str, ...]
+    values: tuple[float, ...]
+    key: str
+    separator: str = "\n"
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Several answers to one prompt with their scores, higher is better (a ranked list of n gives n, n-1, ..., 1)."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    scores: tuple[float, ...]
+    key: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+Example = Dialog | Text | Pair | Labelled | Steps | Ranked
+Kind = Literal["dialogs", "pairs", "labels", "steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an objective asks of the data.
+
+    `kind` of rows; `at` which positions carry weight: every token of the answers, as targets, or the last token of the rendered
+    conversation (the end of every step, for steps), where a reward head reads; `mismatched`: each labelled answer is accompanied
+    by the answer of another row to the same prompt (role "mismatched"), for KTO's estimate of the KL divergence.
+    """
+
+    kind: Kind = "dialogs"
+    at: Literal["answers", "ends"] = "answers"
+    mismatched: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,11 +197,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """What the model says of a batch: logp [K] of the K tokens with train != 0; index [K] their positions in the batch."""
+    """What the model says of the K positions of a batch with train != 0.
+
+    index [K] int64 their positions in the batch, row [K] int64 the number of the segment each stands in, train [K] their weights.
+    A language model gives logp [K], the log-probability of the token at each position; a reward model gives score [K], what its
+    head reads at each position, and logp is empty.
+    """
 
     logp: Tensor
     index: Tensor
     train: Tensor
+    row: Tensor
+    score: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

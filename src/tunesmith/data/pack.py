@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.core.errors import BugError
+from tunesmith.core.groups import common_front
 from tunesmith.core.types import Batch, Segment, Tokens
 
 _BITS = 10  # free spaces are kept in blocks of 2 ** 10 bits
@@ -56,13 +57,20 @@ def fit(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> list
     return [sorted(rows) for rows in bins]
 
 
-def pack(rows: Sequence[Tokens], capacity: int) -> list[Batch]:
+def pack(rows: Sequence[Tokens], capacity: int, *, sharing: bool = False) -> list[Batch]:
     """The rows laid end to end in batches of at most `capacity` tokens; rows of one group stay in one batch.
 
-    A row, or a group, that is longer than the capacity gets a batch of its own.
+    A row, or a group, that is longer than the capacity gets a batch of its own. With `sharing`, what the rows of a group begin
+    with alike counts once.
     """
     units = _units(rows)
-    bins = fit([sum(len(rows[i]) for i in unit) for unit in units], capacity)
+    sizes = [sum(len(rows[i]) for i in unit) for unit in units]
+    if sharing:
+        sizes = [
+            size - (len(unit) - 1) * common_front([rows[i].ids for i in unit]) if len(unit) > 1 else size
+            for size, unit in zip(sizes, units, strict=True)
+        ]
+    bins = fit(sizes, capacity)
     return [join([rows[i] for place in places for i in units[place]]) for places in bins]
 
 

@@ -102,7 +102,7 @@ def attend(
     """
     if tunesmith_layout is None:
         return _outside(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, position_bias, rest)
-    window = window_of(attention_mask, sliding_window)
+    window = window_of(attention_mask, sliding_window, tunesmith_layout)
     if position_bias is not None:
         raise LayoutError("position bias")
     if query.shape[0] != 1 or query.shape[2] != tunesmith_layout.total or key.shape[2] != query.shape[2]:
@@ -130,7 +130,8 @@ def _outside(
     return out, None
 
 
-def window_of(marker: Tensor | None, sliding_window: int | None) -> int:
+def window_of(marker: Tensor | None, sliding_window: int | None, layout: Layout) -> int:
+    """The layer's window, 0 where no document is longer; raises LayoutError for any other mask than a causal one with a window."""
     if marker is None or marker.numel() != 1 or marker.is_floating_point():
         raise LayoutError("the mask did not come through AttentionMaskInterface")
     window = int(marker)
@@ -138,7 +139,9 @@ def window_of(marker: Tensor | None, sliding_window: int | None) -> int:
         raise LayoutError("a mask that is neither causal nor a sliding window")
     if window and sliding_window is not None and window != sliding_window:
         raise LayoutError(f"the mask says window {window}, the layer {sliding_window}")
-    return window
+    if window and layout.trees and window < layout.longest:
+        raise BugError(f"rows that share their front reach over the window of {window}")
+    return window if window < layout.longest else 0
 
 
 @functools.cache
@@ -157,13 +160,16 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: For
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    ends, longest = layout.cumulative, layout.lengths[0]
+    runs = layout.runs
+    if runs.keys is not None:
+        k, v = k.index_select(0, runs.keys), v.index_select(0, runs.keys)
     window = (form.window - 1, 0) if form.window else (-1, 0)
     group = q.shape[1] // k.shape[1]
     if group > 1 and not _grouped():
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     extra: dict[str, Any] = {"enable_gqa": True} if group > 1 and _grouped() else {}
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=form.scale, window_size=window, **extra)
+    # With fewer queries than keys the last query sees the last key: a tail behind its front.
+    out = varlen_attn(q, k, v, runs.ends, runs.key_ends, runs.longest, runs.longest_keys, scale=form.scale, window_size=window, **extra)
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out.unsqueeze(0)
 
@@ -173,16 +179,16 @@ def _documents(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: 
     if not query.is_cuda and form.simple and value.shape[-1] == query.shape[-1]:
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
         return bucket_attention(q, k, v, layout, form.scale, form.window)[None]
-    outs = [one_document(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], form, layout) for a, b in layout.spans]
+    outs = [one_document(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], form, layout, i) for i, (a, b) in enumerate(layout.spans)]
     return torch.cat([*outs, outs[0].new_zeros(1, layout.total - layout.real, *outs[0].shape[2:])], 1)
 
 
-def one_document(query: Tensor, key: Tensor, value: Tensor, form: Form, layout: Layout) -> Tensor:
-    """Causal attention of one document by plain differentiable operations: [1, H, L, D] -> [1, L, H, D]."""
+def one_document(query: Tensor, key: Tensor, value: Tensor, form: Form, layout: Layout, number: int) -> Tensor:
+    """Causal attention of the document with this number by plain differentiable operations: [1, H, L, D] -> [1, L, H, D]."""
     length = query.shape[2]
     windowed = bool(form.window) and form.window < length
     if form.softcap is None and form.sinks is None:
-        mask = layout.seen(length, form.window) if windowed else None
+        mask = layout.sight(number, form.window) if windowed or number in layout.trees else None
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=form.scale, dropout_p=form.dropout,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -193,7 +199,7 @@ def one_document(query: Tensor, key: Tensor, value: Tensor, form: Form, layout: 
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores.masked_fill(~layout.seen(length, form.window), float("-inf"))
+    scores = scores.masked_fill(~layout.sight(number, form.window), float("-inf"))
     if form.sinks is not None:  # a learned score per head that takes part in the softmax and carries no value
         sinks = form.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, length, 1)
         weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]

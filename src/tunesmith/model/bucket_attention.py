@@ -123,6 +123,9 @@ def _weights(q: Tensor, k: Tensor, block: Block, low: int, window: int) -> Tenso
         seen.add_(_bias(block.rows, k.shape[1], offset, window, q.dtype))
     else:
         seen[:, :, offset:].add_(_bias(block.rows, block.rows, 0, 0, q.dtype))
+    heads = len(seen) // block.documents
+    for one in block.hidden:  # trees come without a window, so that `low` is 0
+        seen[one.document * heads : (one.document + 1) * heads, one.top : one.bottom, one.left : one.right] = float("-inf")
     return torch.softmax(scores, -1)
 
 

@@ -88,7 +88,7 @@ def count(causal: Any) -> Work:
             sizes[tensor.requires_grad] += weights
     for module in in_head:
         head[module.weight.requires_grad] += _size(module)
-    attention = tuple(_attention(causal))
+    attention = tuple(attention_widths(causal))
     layers = int(getattr(causal.config.get_text_config(), "num_hidden_layers", len(attention)))
     missing = [f"{number} tensors of {kind}" for kind, number in sorted(odd.items())]
     if len(attention) < layers:
@@ -129,7 +129,7 @@ def _size(module: Any) -> int:
     return int(module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel())
 
 
-def _attention(causal: Any) -> Iterator[tuple[int, int]]:
+def attention_widths(causal: Any) -> Iterator[tuple[int, int]]:
     """(width, window) of every attention layer: the width is that of its output product's input."""
     config = causal.config.get_text_config()
     for module in causal.get_decoder().modules():

@@ -148,7 +148,7 @@ def _plan(
         layout=layout,
         rotary=rotary_tables(*position_embeddings, layout, keys, group, float(attention.scaling), dtype),
         dtype=dtype,
-        window=window_of(marker, getattr(attention, "sliding_window", None)),
+        window=window_of(marker, getattr(attention, "sliding_window", None), layout),
         keys=keys,
         group=group,
         eps=layer.input_layernorm.variance_epsilon,

@@ -1,5 +1,9 @@
 """How the documents of one forward pass lie: end to end, with what attention needs to keep them apart.
 
+A document may be a tree: a front of P tokens, the rest of a first row, and the tails of further rows. Every tail continues the front and
+sees neither the first row's rest nor the other tails: those keys are hidden from it. As all tails lie behind the front, a tree is a
+causal document but for these rectangles, and for its positions, which go on from P in every tail.
+
 N tokens (with filler at the end, so that few values of N occur: every new one costs a CPU kernels made for it, and memory to keep
 them), R rows of the padded buckets, H query heads, K key heads, G = H / K, L width of a bucket.
 """
@@ -7,9 +11,9 @@ them), R rows of the padded buckets, H query heads, K key heads, G = H / K, L wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +38,22 @@ class Bucket:
     start: int
 
 
+class Hidden(NamedTuple):
+    """Keys `left` to `right` that the query rows `top` to `bottom` of the `document`-th of a block do not see."""
+
+    document: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Query rows `low` to `high` of the documents `first` to `last` of a bucket; `start` counts padded query rows before it."""
+    """Query rows `low` to `high` of the documents `first` to `last` of a bucket; `start` counts padded query rows before it.
+
+    `hidden` counts rows from the block's first one and keys from the document's first one.
+    """
 
     bucket: Bucket
     first: int
@@ -44,6 +61,7 @@ class Block:
     low: int
     high: int
     start: int
+    hidden: tuple[Hidden, ...] = ()
 
     @property
     def documents(self) -> int:
@@ -78,13 +96,25 @@ class HeadIndex:
         return _halves(self.back)
 
 
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Boundaries [runs + 1] int32 of query rows and of key rows, the longest of each, and the key rows [.] (None: as they stand)."""
+
+    ends: Tensor
+    key_ends: Tensor
+    longest: int
+    longest_keys: int
+    keys: Tensor | None
+
+
 class Layout:
     """Documents end to end, longest first; computed once for a forward pass and shared by all layers.
 
-    `lengths` in descending order, of `real` tokens together; `total` is N. `positions` [N] restarts at 0 with each document.
+    `lengths` in descending order, of `real` tokens together; `total` is N. `trees`: number of a document -> (P, where its tails begin).
+    `positions` [N] restarts at 0 with each document and at P with each tail; `longest` is the number of different positions.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, trees: Mapping[int, tuple[int, Sequence[int]]] | None = None) -> None:
         if list(lengths) != sorted(lengths, reverse=True):
             raise ValueError("documents lie longest first")
         self.lengths = tuple(int(n) for n in lengths)
@@ -93,23 +123,55 @@ class Layout:
         self.real = int(self.starts[-1])
         self.total = -(-self.real // TAIL) * TAIL if device.type == "cpu" else self.real
         # Filler stands at position 0: rotary angles may depend on the largest position in sight.
-        places = [*(np.arange(n) for n in self.lengths), np.zeros(self.total - self.real, np.int64)]
-        self.positions = torch.from_numpy(np.concatenate(places)).to(device)
+        self.trees = {number: (front, tuple(tails)) for number, (front, tails) in (trees or {}).items()}
+        places = [*(self._places(number) for number in range(len(self.lengths))), np.zeros(self.total - self.real, np.int64)]
+        joined = np.concatenate(places)
+        self.positions = torch.from_numpy(joined).to(device)
+        self.longest = int(joined.max()) + 1 if len(joined) else 0
         self.spans = tuple((int(s), int(s) + n) for s, n in zip(self.starts, self.lengths, strict=False))
         self.buckets = _buckets(self.lengths)
-        self.blocks = _blocks(self.lengths, self.buckets)
+        self.blocks = [self._with_hidden(block) for block in _blocks(self.lengths, self.buckets)]
         self._queries: dict[tuple[int, int], HeadIndex] = {}
         self._keys: dict[int, HeadIndex] = {}
         self._seen: dict[tuple[int, int], Tensor] = {}
-        self._cumulative: Tensor | None = None
         self.kept: dict[Any, Any] = {}  # what layers work out once for all of them, e.g. rotary tables
 
-    @property
-    def cumulative(self) -> Tensor:
-        """Document boundaries [documents + 1] int32, for kernels that take variable lengths."""
-        if self._cumulative is None:
-            self._cumulative = torch.from_numpy(self.starts.astype(np.int32)).to(self.device)
-        return self._cumulative
+    def _places(self, number: int) -> Ints:
+        """The positions of a document's tokens."""
+        place = np.arange(self.lengths[number])
+        front, tails = self.trees.get(number, (0, ()))
+        for begin, end in _between(tails, self.lengths[number]):
+            place[begin:end] = np.arange(front, front + end - begin)
+        return place
+
+    def _rectangles(self, number: int) -> list[tuple[int, int, int, int]]:
+        """(top, bottom, left, right) of what is hidden in a document: from each tail, everything between the front and itself."""
+        front, tails = self.trees.get(number, (0, ()))
+        return [(begin, end, front, begin) for begin, end in _between(tails, self.lengths[number])]
+
+    def _with_hidden(self, block: Block) -> Block:
+        found = []
+        for document in range(block.documents) if self.trees else ():
+            for top, bottom, left, right in self._rectangles(block.bucket.first + block.first + document):
+                if top < block.high and bottom > block.low:
+                    found.append(Hidden(document, max(top, block.low) - block.low, min(bottom, block.high) - block.low, left, right))
+        return replace(block, hidden=tuple(found)) if found else block
+
+    @functools.cached_property
+    def runs(self) -> Runs:
+        """The rows as kernels take them that know documents of several lengths only: every tail with the front's keys before it."""
+        ends, key_ends, keys = [0], [0], []
+        for number, start in enumerate(self.starts[:-1].tolist()):
+            front, tails = self.trees.get(number, (0, ()))
+            for begin, end in ((0, tails[0] if tails else self.lengths[number]), *_between(tails, self.lengths[number])):
+                before = front if begin else 0
+                ends.append(ends[-1] + end - begin)
+                key_ends.append(key_ends[-1] + before + end - begin)
+                keys += [np.arange(start, start + before), np.arange(start + begin, start + end)]
+        lengths = (max(np.diff(ends).tolist()), max(np.diff(key_ends).tolist()))
+        cumulative, key_cumulative = (torch.tensor(values, dtype=torch.int32, device=self.device) for values in (ends, key_ends))
+        gathered = torch.from_numpy(np.concatenate(keys)).to(self.device) if self.trees else None
+        return Runs(cumulative, key_cumulative, *lengths, gathered)
 
     def seen(self, length: int, window: int) -> Tensor:
         """[L, L], true where a query (row) may look at a key (column): not ahead, and less than `window` back (0: any distance)."""
@@ -118,6 +180,16 @@ class Layout:
             far = place[:, None] - place[None, :]
             self._seen[length, window] = (far >= 0) & (far < window) if window else far >= 0
         return self._seen[length, window]
+
+    def sight(self, number: int, window: int) -> Tensor:
+        """`seen` of the document with this number, less what is hidden in it."""
+        seen = self.seen(self.lengths[number], window)
+        rectangles = self._rectangles(number)
+        if rectangles:
+            seen = seen.clone()
+            for top, bottom, left, right in rectangles:
+                seen[top:bottom, left:right] = False
+        return seen
 
     def queries(self, keys: int, group: int) -> HeadIndex:
         """Rows for K key heads with `group` query heads each; inside a block ordered [document, K, G, row]."""
@@ -149,6 +221,11 @@ class Layout:
         arrays = (to_padded, back, np.flatnonzero(blank))
         there, here, filler = (torch.from_numpy(array).to(self.device) for array in arrays)
         return HeadIndex(there, here, filler, heads)
+
+
+def _between(tails: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """Where each tail begins and ends."""
+    return list(zip(tails, [*tails[1:], length], strict=True)) if tails else []
 
 
 def _halves(rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from tunesmith.model import attention, fuse, gradients, memory
 from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.copies import Copies
 from tunesmith.model.float8 import demand_device
-from tunesmith.model.forward import Pass, passes, send
+from tunesmith.model.forward import Pass, Sharing, passes, send
 from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
 from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded, without_bars
 from tunesmith.model.positions import alone_from
@@ -35,6 +35,7 @@ class Policy:
 
     `model` is the transformers or PEFT model, `causal` the transformers model inside it, `dtype` the precision of products
     and of what `save` writes. `layout`, `head`, `lora` and `layers` say which way is in use; `notes` say why a plain one is.
+    `sharing` says when rows of a group share their front. `scalar`: a reward model, whose head gives one number a position.
     The auxiliary balancing loss of mixtures of experts is not part of any score.
     """
 
@@ -47,6 +48,8 @@ class Policy:
         self.head: Literal["fast", "plain"] = "plain"
         self.lora: Literal["fused", "plain"] = "plain"
         self.layers: Literal["fused", "plain"] = "plain"
+        self.sharing: Sharing | None = None
+        self.scalar = type(self.causal).__name__.endswith("ForSequenceClassification")
         self.side: Literal["left", "right"] = "right"
         self.notes: list[str] = []
         self.head_form = HeadForm()
@@ -76,25 +79,54 @@ class Policy:
         logp [K] fp32, differentiable in the trained weights; index [K] int64 positions in the batch; train [K] fp32.
         The result does not depend on the layout. Raises BugError for a trained first token or an id outside the vocabulary.
         """
+        if self.scalar:
+            raise ModelError(
+                "this is a reward model: it scores answers and gives no log-probabilities",
+                remedy="name a language model; 'tunesmith score' is for reward models",
+                code="no_language_head",
+            )
+        values, index, train, row = self._read(batch, "before", lambda one: self._logprobs(one, batch))
+        return Outputs(values, index, train, row)
+
+    def rate(self, batch: Batch) -> Outputs:
+        """What the score head reads at exactly the positions whose `train` is not 0, in batch order: score [K] fp32, differentiable.
+
+        The result does not depend on the layout. Raises ModelError `no_score_head` for a language model.
+        """
+        if not self.scalar:
+            raise ModelError(
+                "this is a language model: it has no head that scores answers",
+                remedy="name a reward model, or train one with objective: reward",
+                code="no_score_head",
+            )
+        values, index, train, row = self._read(batch, "at", self._scores)
+        return Outputs(values[:0], index, train, row, values)
+
+    def _read(
+        self, batch: Batch, at: Literal["before", "at"], values_of: Callable[[Pass], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One value a trained token, in batch order, with the tokens' places, weights and rows."""
         self._check(batch)
         index = np.flatnonzero(batch.train)
         train = send(batch.train[index].astype(np.float32), self.device)
+        starts = np.array([segment.start for segment in batch.segments])
+        row = send(np.searchsorted(starts, index, side="right") - 1, self.device)
         where = send(index, self.device)
         if not len(index):
             # Nothing to score, and yet a graph to call backward on: zero times any trained weight.
             zero = sum((p.sum() * 0 for p in list(self.parameters_by_name().values())[:1]), torch.zeros((), device=self.device))
-            return Outputs(torch.zeros(0, device=self.device) + zero, where, train)
+            return torch.zeros(0, device=self.device) + zero, where, train, row
         parts, order = [], []
-        for one in passes(batch, self.device, self.layout, side=self.side, alone_from=self._alone_from):
-            parts.append(self._score(one, batch))
+        for one in passes(batch, self.device, self.layout, side=self.side, alone_from=self._alone_from, at=at, sharing=self.sharing):
+            parts.append(values_of(one))
             order.append(one.index)
-        at = np.concatenate(order)
-        logp = torch.cat(parts)
-        if not np.array_equal(at, index):
-            logp = logp[send(np.argsort(at), self.device)]
-        return Outputs(logp, where, train)
+        places = np.concatenate(order)
+        values = torch.cat(parts)
+        if not np.array_equal(places, index):
+            values = values[send(np.argsort(places, kind="stable"), self.device)]
+        return values, where, train, row
 
-    def _score(self, one: Pass, batch: Batch) -> Tensor:
+    def _logprobs(self, one: Pass, batch: Batch) -> Tensor:
         targets = send(batch.ids[one.index].astype(np.int64), self.device)
         states = self.run(one)
         rows = states.reshape(-1, states.shape[-1]).index_select(0, one.rows)
@@ -105,13 +137,21 @@ class Policy:
         narrow = self._copies.of(output.weight, dtype)
         return token_logprobs(rows, output.weight, output.bias, targets, self.head_form, dtype, narrow)
 
+    def _scores(self, one: Pass) -> Tensor:
+        states = self.run(one)
+        rows = states.reshape(-1, states.shape[-1]).index_select(0, one.rows)
+        head = self.causal.score
+        with torch.autocast(self.device.type, enabled=False):
+            scores: Tensor = head(rows.to(torch.promote_types(rows.dtype, torch.float32)))[:, 0]
+        return scores
+
     def run(self, one: Pass) -> Tensor:
         """Hidden states [B, L, E] for the fast head, logits [B, L, V] for the plain one."""
         self._lengths = one.lengths
         masks = attention.packed_masks() if one.layout is not None else contextlib.nullcontext()
         try:
             with masks, torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-                if self.head == "fast":
+                if self.head == "fast" or self.scalar:
                     out: Tensor = self._decoder()(input_ids=one.ids, use_cache=False, **one.arguments).last_hidden_state
                 else:
                     out = self.causal(input_ids=one.ids, use_cache=False, **one.arguments).logits
@@ -301,7 +341,7 @@ class Policy:
     def ways(self) -> dict[str, Any]:
         """Which ways are in use, and the notes on those that are not."""
         names = ("layout", "head", "lora", "layers")
-        return {**{name: vars(self)[name] for name in names}, "notes": list(self.notes)}
+        return {**{name: vars(self)[name] for name in names}, "front": "shared" if self.sharing else "own", "notes": list(self.notes)}
 
     def note(self, text: str) -> None:
         """Say, once and in the log, that something goes the plain way."""

@@ -20,7 +20,8 @@ from tunesmith.core.recipe import Fast
 from tunesmith.core.types import Batch, Segment
 from tunesmith.model import attention, fuse, lora
 from tunesmith.model.adapter import lora_layers
-from tunesmith.model.forward import passes
+from tunesmith.model.flops import attention_widths
+from tunesmith.model.forward import Sharing, passes
 from tunesmith.model.head import HeadForm
 from tunesmith.model.load import seeded
 from tunesmith.model.policy import Policy
@@ -211,6 +212,53 @@ def _settle_layers(policy: Policy, batch: Batch) -> None:
         return
     policy.fuse_layers()
     policy.layers = "fused"
+
+
+def settle_front(policy: Policy) -> None:
+    """Let rows of a group share the front that they begin with, once that gives what each row gives on its own."""
+    if policy.layout != "packed":
+        policy.note("rows of a pair go through the model one by one: its layout is padded")
+        return
+    config = policy.causal.config.get_text_config()
+    windows = [window for _, window in attention_widths(policy.causal) if window]
+    batch = grouped_batch(policy.causal, policy.vocabulary)
+    training = policy.model.training
+    policy.model.eval()
+    with seeded(0, "probe"), torch.no_grad():
+        truth = numbers(policy, batch)
+        policy.sharing = Sharing(min(windows, default=0), 1 << 40)
+        try:
+            gaps = (numbers(policy, batch) - truth).abs()
+            difference = float(gaps.mean() if policy.dtype == torch.bfloat16 else gaps.max())
+            reason = "" if difference <= tolerance(policy, truth) else f"the shared prompt changes the results by {difference:.1e}"
+        except FAILURES as error:
+            reason = f"sharing the prompt fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    policy.model.train(training)
+    policy.sharing = None if reason else Sharing(min(windows, default=0), int(config.hidden_size))
+    if reason:
+        policy.note(f"rows of a pair go through the model one by one: {reason}")
+
+
+def grouped_batch(causal: Any, vocabulary: int) -> Batch:
+    """Two groups of rows with fronts of 9 and 5 ids, each row trained behind the front."""
+    ids = probe_batch(causal, vocabulary).ids
+    first, second, rest = ids[:9], ids[9:14], ids[14:]
+    cuts = ((first, 0, 7, "a"), (first, 7, 12, "a"), (second, 12, 16, "b"), (second, 16, 25, "b"), (second, 25, 28, "b"))
+    joined, train, start = [], [], 0
+    segments: list[Segment] = []
+    for front, begin, end, group in cuts:
+        tail = rest[begin:end]
+        joined += [front, tail]
+        train += [0.0] * len(front) + [1.0] * len(tail)
+        segments.append(Segment(start, start + len(front) + len(tail), f"probe:{len(segments)}", group))
+        start = segments[-1].stop
+    return Batch(np.concatenate(joined), np.array(train, np.float32), tuple(segments))
+
+
+def numbers(policy: Policy, batch: Batch) -> Tensor:
+    """What the policy gives for each trained token: log-probabilities, or a reward model's scores."""
+    outputs = policy.rate(batch) if policy.scalar else policy.score(batch)
+    return outputs.logp if outputs.score is None else outputs.score
 
 
 def graded(policy: Policy, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
