@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from tunesmith.core.types import Tokens
+from tunesmith.model.forward import Sharing
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")  # the product that leaves an attention layer; its input is as wide as all heads
 _LISTED_EXPERT = re.compile(r"(.*\.experts)\.\d+")  # remote code keeps its experts as a list of modules
@@ -48,18 +50,25 @@ class Work:
         body = _symbols(self.frozen, self.trained, "N")
         return f"{body} + 12 L h s per token, {_symbols(*self.head, 'N_head')} per trained one"
 
-    def of(self, rows: Sequence[Tokens]) -> float:
-        """Operations of forward and backward pass over `rows`, each up to its last trained token, which is a target and no input."""
+    def of(self, rows: Sequence[Tokens], sharing: Sharing | None = None, *, at: int = 0) -> float:
+        """Operations of forward and backward pass over `rows`, each up to its last trained token, which is a target and no input.
+
+        `sharing`: what rows of a group share counts once. `at` 1: the last trained token is an input (a reward model reads its state).
+        """
         positions = targets = 0
         pairs: Counter[int] = Counter()
         windows = {window for _, window in self.attention}
-        for row in rows:
+        groups: dict[str, list[npt.NDArray[np.int32]]] = {}
+        for place, row in enumerate(rows):
             trained = np.flatnonzero(row.train)
             if len(trained):
-                inputs = int(trained[-1])
-                positions, targets = positions + inputs, targets + len(trained)
-                for window in windows:
-                    pairs[window] += _pairs(inputs, window)
+                targets += len(trained)
+                groups.setdefault(row.group or f"\0{place}", []).append(row.ids[: int(trained[-1]) + at])
+        for group in groups.values():
+            front = sharing.front(group) if sharing is not None else 0
+            positions += sum(map(len, group)) - front * (len(group) - 1)
+            for window in windows:
+                pairs[window] += sum(_pairs(len(row), window) for row in group) - _pairs(front, window) * (len(group) - 1)
         looked = sum(12 * width * pairs[window] for width, window in self.attention)
         return float(positions * (4 * self.frozen + 6 * self.trained) + targets * (4 * self.head[0] + 6 * self.head[1]) + looked)
 

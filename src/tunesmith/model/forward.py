@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunesmith.core.groups import common_front
 from tunesmith.core.types import Batch, Segment
-from tunesmith.model.layout import Layout
+from tunesmith.model.layout import Layout, send
 
 WASTE = 1.3  # rows are padded together while no more than this many times their real tokens are computed
 Ints = npt.NDArray[np.int64]
@@ -85,11 +85,14 @@ class Sharing:
     window: int = 0
     width: int = 1
 
-    def pays(self, rows: Sequence[Span], shared: int) -> bool:
-        """Whether one document for these rows takes less than one for each."""
-        tails = [row.inputs - shared for row in rows]
+    def front(self, rows: Sequence[npt.NDArray[np.int32]]) -> int:
+        """How many inputs these rows of a group share; 0 where each goes through the model whole."""
+        if len(rows) < 2 or (self.window and max(map(len, rows)) > self.window):
+            return 0
+        shared = min(common_front(rows), *(len(row) - 1 for row in rows))  # each row keeps an input of its own
+        tails = [len(row) - shared for row in rows]
         between = (sum(tails) ** 2 - sum(tail**2 for tail in tails)) // 2
-        return shared * (len(rows) - 1) * self.width >= between and not (self.window and max(row.inputs for row in rows) > self.window)
+        return shared if shared * (len(rows) - 1) * self.width >= between else 0
 
 
 def passes(
@@ -134,9 +137,7 @@ def _documents(batch: Batch, spans: Sequence[Span], sharing: Sharing | None) -> 
         groups.setdefault(names[span.start] or f"\0{span.start}", []).append(span)
     documents = []
     for rows in groups.values():
-        # Each row keeps an input of its own.
-        shared = min(common_front([batch.ids[row.start : row.stop] for row in rows]), *(row.inputs - 1 for row in rows))
-        if len(rows) > 1 and shared > 0 and sharing.pays(rows, shared):
+        if shared := sharing.front([batch.ids[row.start : row.stop] for row in rows]):
             documents.append(Document(tuple(rows), shared))
         else:
             documents += [Document((row,)) for row in rows]
@@ -208,9 +209,3 @@ def _trained(batch: Batch, row: Span, at: int) -> tuple[Ints, Ints]:
     # The last target may stand right behind the inputs.
     trained = np.flatnonzero(batch.train[row.start : row.start + row.length][: row.inputs + 1 - at])
     return trained, trained - 1 + at
-
-
-def send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """The array on `device`; the way to a GPU goes through pinned memory, so that the host does not wait for the copy."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -126,7 +126,7 @@ class Layout:
         self.trees = {number: (front, tuple(tails)) for number, (front, tails) in (trees or {}).items()}
         places = [*(self._places(number) for number in range(len(self.lengths))), np.zeros(self.total - self.real, np.int64)]
         joined = np.concatenate(places)
-        self.positions = torch.from_numpy(joined).to(device)
+        self.positions = send(joined, device)
         self.longest = int(joined.max()) + 1 if len(joined) else 0
         self.spans = tuple((int(s), int(s) + n) for s, n in zip(self.starts, self.lengths, strict=False))
         self.buckets = _buckets(self.lengths)
@@ -169,8 +169,8 @@ class Layout:
                 key_ends.append(key_ends[-1] + before + end - begin)
                 keys += [np.arange(start, start + before), np.arange(start + begin, start + end)]
         lengths = (max(np.diff(ends).tolist()), max(np.diff(key_ends).tolist()))
-        cumulative, key_cumulative = (torch.tensor(values, dtype=torch.int32, device=self.device) for values in (ends, key_ends))
-        gathered = torch.from_numpy(np.concatenate(keys)).to(self.device) if self.trees else None
+        cumulative, key_cumulative = (send(np.array(values, np.int32), self.device) for values in (ends, key_ends))
+        gathered = send(np.concatenate(keys), self.device) if self.trees else None
         return Runs(cumulative, key_cumulative, *lengths, gathered)
 
     def seen(self, length: int, window: int) -> Tensor:
@@ -219,7 +219,7 @@ class Layout:
         back = np.full(self.total * heads, len(joined))  # filler tokens get the row behind the last, which is zero
         back[to_padded[~blank]] = np.flatnonzero(~blank)
         arrays = (to_padded, back, np.flatnonzero(blank))
-        there, here, filler = (torch.from_numpy(array).to(self.device) for array in arrays)
+        there, here, filler = (send(array, self.device) for array in arrays)
         return HeadIndex(there, here, filler, heads)
 
 
@@ -265,3 +265,9 @@ def _blocks(lengths: Sequence[int], buckets: Sequence[Bucket]) -> list[Block]:
                 start += (j - i) * (high - low)
                 i = j
     return blocks
+
+
+def send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array on `device`; the way to a GPU goes through pinned memory, so that the host does not wait for the copy."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
