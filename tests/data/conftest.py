@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tunesmith import pocket
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -30,6 +32,31 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.add_special_tokens([AddedToken(text, special=True) for text in ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")])
     made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|bos|>", eos_token="<|im_end|>")
     made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="session")
+def pocket_tokenizer() -> PreTrainedTokenizerFast:
+    """That of the bundled base."""
+    return AutoTokenizer.from_pretrained(pocket.folder())
+
+
+@pytest.fixture(scope="session")
+def merging() -> PreTrainedTokenizerFast:
+    """Byte-level with merges over spaces and line breaks, so that tokens do straddle prompt and answer."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    lines = ["Answer: four", "Answer:five and six", "Answer:\nnone: the rest", ": four : five: six"] * 4
+    special = ["<|eos|>"]
+    inner.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|eos|>")
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\nAnswer:"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
     return made
 
 

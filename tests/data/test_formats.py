@@ -321,7 +321,6 @@ def test_a_row_that_could_be_two_things_is_asked_about():
     ("row", "word"),
     [
         ({"mesages": []}, "did you mean 'messages'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
         ({"input_ids": [1], "labels": [1]}, "token ids"),
         ({"question": "a", "answer": "b"}, "question, answer"),
     ],

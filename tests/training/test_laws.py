@@ -22,7 +22,7 @@ from tunesmith.training.parallel import Ranks
 from tunesmith.training.receipt import largest_difference
 from tunesmith.training.run import train
 from tunesmith.training.source import Offline
-from tunesmith.training.step import Budget, gradient_step, validation_loss, zero_gradients
+from tunesmith.training.step import Budget, gradient_step, validate, zero_gradients
 
 KINDS = ["full", "lora"]
 WAYS = ["fast", "layers off", "plain"]
@@ -89,7 +89,7 @@ def test_the_loss_is_the_plain_transformers_loss(parts, kind):
             count += trained
     assert result.trained_tokens == count
     assert result.loss == pytest.approx(total / count, abs=1e-5)
-    assert validation_loss(policy, rows, Budget(300), Ranks()) == pytest.approx(total / count, abs=1e-5)
+    assert validate(policy, rows, methods(recipe.objective), Budget(300), Ranks()).loss == pytest.approx(total / count, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,9 +8,15 @@ from typing import Any
 from tunesmith.core.errors import RecipeError, did_you_mean
 from tunesmith.core.load import Loaded, load_recipe, load_tree, set_values
 
+# What a method is called -> the objective's row; NAME trains a LoRA adapter, NAME-full all weights.
+OBJECTIVES = {
+    "sft": "nll",
+    **{name: name for name in ("dpo", "ipo", "simpo", "orpo", "cpo", "kto", "reward", "prm")},
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "sft": {"model": {"adapter": {"name": "lora"}}, "objective": [{"name": "nll"}]},
-    "sft-full": {"model": {"adapter": None}, "objective": [{"name": "nll"}]},
+    f"{name}{suffix}": {"model": {"adapter": adapter}, "objective": [{"name": objective}]}
+    for name, objective in OBJECTIVES.items()
+    for suffix, adapter in (("", {"name": "lora"}), ("-full", None))
 }
 
 

@@ -18,6 +18,8 @@ Train a model as a recipe says; an interrupted run goes on by itself.
 
   tunesmith train --method sft --model pocket --data rows.jsonl --out runs/mine
 
+  tunesmith train --method dpo --model runs/mine --data pairs.jsonl --out runs/preferred
+
   tunesmith train --method sft --model Qwen/Qwen3-0.6B --data rows.jsonl --out runs/mine --print-recipe
 """
 
@@ -27,7 +29,7 @@ def train(
     recipe: Annotated[Path | None, typer.Argument(help="recipe file (YAML or JSON)")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="put a value into the recipe; may be repeated")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start anew; an earlier run in the folder is moved aside")] = False,
-    method: Annotated[str | None, typer.Option(help="short form: sft (LoRA) or sft-full")] = None,
+    method: Annotated[str | None, typer.Option(help="short form: sft, dpo, ipo, simpo, orpo, cpo, kto, reward, prm (LoRA), or NAME-full")] = None,
     model: Annotated[str | None, typer.Option(help="short form: hub id, folder, run folder or pocket")] = None,
     data: Annotated[str | None, typer.Option(help="short form: file, folder or hub id of rows")] = None,
     out: Annotated[str | None, typer.Option(help="short form: run folder")] = None,

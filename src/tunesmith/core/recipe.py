@@ -82,7 +82,10 @@ class Source(Section):
     """One file, folder or hub data set."""
 
     path: str = Field(description="file, folder or hub id")
-    format: str = Field("auto", description="auto, messages, sharegpt, alpaca, prompt_completion, text")
+    format: str = Field(
+        "auto",
+        description="auto, messages, sharegpt, alpaca, prompt_completion, text, preference, openai_preference, ranked, labelled, steps",
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the name in the file")
     weight: float = Field(1.0, gt=0, description="how many times a row is seen in one epoch, on average")
     split: str = Field("train", description="split of a hub data set")
@@ -92,7 +95,10 @@ class Source(Section):
 
 
 class Fraction(Section):
-    """Rows held out of the training data, chosen by the hash of their content, so that copies stay together."""
+    """Rows held out of the training data, chosen by the hash of their content, so that copies stay together.
+
+    Judged answers (pairs, labels, steps) go by their prompt, so that all answers to one prompt stay together.
+    """
 
     fraction: float = Field(gt=0, lt=1)
 
@@ -103,7 +109,12 @@ class Data(Section):
     train: list[Source]
     validation: list[Source] | Fraction | None = None
     on_bad: Literal["refuse", "drop"] = Field("refuse", description="refuse: do not start while a row is bad; drop: note it in the ledger")
-    turns: Literal["all", "last"] = Field("all", description="assistant turns that are trained")
+    turns: Literal["all", "last"] = Field("all", description="assistant turns that are trained; of a pair, turns of its answers")
+    ranked: Literal["best_worst", "adjacent", "all"] = Field(
+        "best_worst",
+        description="pairs that a ranked list gives: the best over the worst; each over the next one down; or each over every lower one; "
+        "answers ranked alike give no pair and are noted",
+    )
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -122,6 +133,15 @@ class Data(Section):
         if not value:
             raise ValueError("no training data is named")
         return value
+
+
+class Reference(Section):
+    """The fixed model that preference objectives hold the trained one against."""
+
+    model: str = Field(
+        "start", description="start: the model as this run begins; base: the base with its adapter off; or a hub id or folder of its own"
+    )
+    cache: bool = Field(True, description="keep its log-probabilities on disk by content hash")
 
 
 class TokenLimits(Section):
@@ -143,7 +163,11 @@ class Optim(Section):
     """How the weights are moved."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float | None = Field(None, gt=0, description="peak learning rate; default 2e-4 with an adapter, 2e-5 for all weights")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate; default with an adapter 2e-4 (preferences 1e-5, rewards 1e-4), for all weights a tenth",
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.03, ge=0, description="below 1: fraction of all steps; otherwise steps")
     final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
@@ -236,6 +260,7 @@ class Recipe(Section):
     model: Model
     data: Data
     objective: list[Named] = Field(default_factory=lambda: [Named(name="nll")], min_length=1)
+    reference: Reference = Reference()
     tokens: TokenLimits = TokenLimits()
     optim: Optim = Optim()
     run: Run = Run()
@@ -258,7 +283,7 @@ class Recipe(Section):
         tree = self.as_dict()
         for name in ("out", "trackers", "micro_tokens", "checkpointing", "save_every", "keep", "samples", "device"):
             del tree["run"][name]
-        del tree["tokens"]["cache"], tree["data"]["on_bad"]
+        del tree["tokens"]["cache"], tree["data"]["on_bad"], tree["reference"]["cache"]
         return tree
 
     def hash(self) -> str:

@@ -124,13 +124,17 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Several answers to one prompt with their scores, higher is better (a ranked list of n gives n, n-1, ..., 1)."""
+    """Several answers to one prompt with their scores, higher is better (a ranked list of n gives n, n-1, ..., 1).
+
+    `measured`: the scores are amounts, whose differences are the margins of pairs; otherwise they are mere places.
+    """
 
     prompt: tuple[Message, ...]
     answers: tuple[tuple[Message, ...], ...]
     scores: tuple[float, ...]
     key: str
     tools: tuple[dict[str, Any], ...] = ()
+    measured: bool = True
 
 
 Example = Dialog | Text | Pair | Labelled | Steps | Ranked

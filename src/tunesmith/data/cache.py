@@ -10,14 +10,14 @@ from typing import Any
 from tunesmith.core.files import atomic_folder, file_hash, read_json, write_json
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
-from tunesmith.core.types import Message, Prompt, ToolCall, content_hash
+from tunesmith.core.types import Message, Prompt, ToolCall, Wanted, content_hash
 from tunesmith.data.dataset import TokenSet, load_set
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.sources import fingerprint
 from tunesmith.data.tokenizer import tokenizer_hash
 
 # Raise when the same rows would give other tokens: a change in readers, formats, rendering, spans or over-length policy.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def root() -> Path:
     return (Path(given) if given else Path.home() / ".cache" / "tunesmith") / "tokens"
 
 
-def cache_key(recipe: Recipe, tokenizer: Any, template: str, prompts: int) -> str:
-    """SHA-256 over the rows, their settings, the tokenizer, the template (its hash and options) and the version of this code."""
+def cache_key(recipe: Recipe, tokenizer: Any, template: str, prompts: int, wanted: Wanted | None = None) -> str:
+    """SHA-256 over the rows, their settings, what is wanted of them, tokenizer, template (its hash and options), version of this code."""
     validation = recipe.data.validation
     sources = recipe.data.train + (validation if isinstance(validation, list) else [])
     return content_hash(
@@ -49,6 +49,7 @@ def cache_key(recipe: Recipe, tokenizer: Any, template: str, prompts: int) -> st
             "tokenizer": tokenizer_hash(tokenizer),
             "template": template,
             "prompts": prompts,
+            "wanted": asdict(wanted or Wanted()),
         }
     )
 

@@ -35,6 +35,7 @@ class TokenSet:
         self.repeats: npt.NDArray[np.float64] = arrays["repeats"]
         self.trained: npt.NDArray[np.float64] = arrays["trained"]
         self.hash = hash
+        self._groups: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -60,6 +61,16 @@ class TokenSet:
         """The key of a row without its arrays."""
         return self._word("key", row)
 
+    def groups(self) -> npt.NDArray[np.int64]:
+        """The rows [G] at which a group begins: contiguous rows of the same group that has a name; any other row is one alone."""
+        if self._groups is None:
+            self._groups = _group_starts(self._arrays["group"], self._arrays["group.offsets"])
+        return self._groups
+
+    def with_stream(self, name: str, values: Array) -> TokenSet:
+        """The same rows with one more stream [sum of lengths] float32 beside them; the hash stays that of the rows."""
+        return TokenSet({**self._arrays, f"stream.{name}": values}, self.hash)
+
     def _word(self, name: str, row: int) -> str:
         letters, ends = self._words[name]
         return bytes(letters[ends[row] : ends[row + 1]]).decode() if letters else ""
@@ -69,6 +80,20 @@ class TokenSet:
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in self._arrays.items():
             np.save(folder / f"{name}.npy", values, allow_pickle=False)
+
+
+def _group_starts(letters: Array, ends: Array) -> npt.NDArray[np.int64]:
+    sizes = np.diff(ends)
+    begins = np.ones(len(sizes), dtype=np.bool_)
+    # Rows whose group has as many letters as that of the row before: those letters are compared, end to end.
+    alike = np.flatnonzero((sizes[1:] == sizes[:-1]) & (sizes[1:] > 0)) + 1
+    if len(alike):
+        lengths = sizes[alike]
+        first = np.cumsum(lengths) - lengths
+        within = np.arange(int(lengths.sum())) - np.repeat(first, lengths)
+        same = letters[np.repeat(ends[alike], lengths) + within] == letters[np.repeat(ends[alike - 1], lengths) + within]
+        begins[alike] = ~np.logical_and.reduceat(same, first)
+    return np.flatnonzero(begins)
 
 
 def load_set(folder: Path) -> TokenSet:

@@ -7,17 +7,36 @@ from collections.abc import Iterable
 from tunesmith.core.errors import DataError, RecipeError, did_you_mean
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Source
-from tunesmith.core.types import Row
-from tunesmith.data.formats import COLUMNS, FORMATS, LOOKS_LIKE
+from tunesmith.core.types import Kind, Row
+from tunesmith.data.formats import COLUMNS, FORMATS, KINDS, LOOKS_LIKE
 from tunesmith.data.problem import Problem
 from tunesmith.data.readers import Found
 
+_UNLABELLED = ("messages", "sharegpt", "alpaca", "prompt_completion")
+_NAMES = ("messages", "conversations", "instruction", "output", "prompt", "completion", "text", "chosen", "rejected")
 LOOK = 1000  # rows that decide; each later row is still held against the decision
 
 
-def shapes(row: Row) -> tuple[str, ...]:
-    """The names of all formats that a row looks like."""
-    return tuple(name for name, looks_like in LOOKS_LIKE.items() if looks_like(row))
+# Rows of each kind in words, and the objectives that learn from them.
+WORDS: dict[Kind, str] = {
+    "dialogs": "dialogs or text",
+    "pairs": "preference pairs",
+    "labels": "labelled answers",
+    "steps": "labelled steps",
+}
+OBJECTIVES: dict[Kind, str] = {
+    "dialogs": "nll",
+    "pairs": "dpo, simpo, orpo and the other preference losses, and reward models,",
+    "labels": "kto, bco and point-wise reward models",
+    "steps": "process-reward models",
+}
+
+
+def shapes(row: Row, kind: Kind | None = None) -> tuple[str, ...]:
+    """The names of all formats that a row looks like; of several those of the wanted kind, where there are any (None: dialogs)."""
+    names = tuple(name for name, looks_like in LOOKS_LIKE.items() if looks_like(row))
+    # A score beside a dialog is a remark to one objective and the label to another.
+    return tuple(name for name in names if KINDS[name] == (kind or "dialogs")) or names
 
 
 def check_columns(source: Source) -> None:
@@ -35,10 +54,25 @@ def check_columns(source: Source) -> None:
             )
 
 
-def detect(found: Iterable[Found], source: Source) -> str:
-    """The format of these rows (the first of a source), said in the log. Raises DataError when it is unclear or mixed."""
-    if source.format != "auto":
-        return source.format
+def detect(found: Iterable[Found], source: Source, kind: Kind | None = None) -> str:
+    """The format of these rows (the first of a source), said in the log.
+
+    `kind` is what an objective wants (None: whatever there is). Raises DataError when the format is unclear or mixed
+    ("ambiguous_format", "mixed_formats", "unknown_format", "no_row"), or of another kind ("wrong_kind").
+    """
+    name = _detect(found, source, kind) if source.format == "auto" else source.format
+    if kind is not None and KINDS[name] != kind:
+        raise DataError(
+            f"these rows are {WORDS[KINDS[name]]} (format {name}), and the objective learns from {WORDS[kind]}",
+            where=source.path,
+            remedy=f"{OBJECTIVES[KINDS[name]]} learn from {WORDS[KINDS[name]]}, {OBJECTIVES[kind]} from {WORDS[kind]}: "
+            "change the objective, or the data (or its format:, if it was taken for something that it is not)",
+            code="wrong_kind",
+        )
+    return name
+
+
+def _detect(found: Iterable[Found], source: Source, kind: Kind | None) -> str:
     first: dict[str, str] = {}
     counts: dict[str, int] = {}
     unknown: tuple[str, Row] | None = None
@@ -47,7 +81,7 @@ def detect(found: Iterable[Found], source: Source) -> str:
         if isinstance(row, Problem):
             broken = broken or row
             continue
-        names = shapes(row)
+        names = shapes(row, kind)
         if len(names) > 1:
             raise _ambiguous(names, key, row)
         for name in names:
@@ -55,6 +89,9 @@ def detect(found: Iterable[Found], source: Source) -> str:
             counts[name] = counts.get(name, 0) + 1
         if not names and unknown is None:
             unknown = (key, row)
+    if kind == "labels" and "labelled" in first:
+        # Where labels are wanted, a row without one is a bad row, and not a row of another format.
+        first = {name: key for name, key in first.items() if name not in _UNLABELLED}
     if len(first) > 1:
         (one, here), (other, there) = list(first.items())[:2]
         raise _mixture(source, one, here, other, there)
@@ -65,9 +102,11 @@ def detect(found: Iterable[Found], source: Source) -> str:
     return name
 
 
-def hold(name: str, first: str, key: str, row: Row, source: Source) -> None:
+def hold(name: str, first: str, key: str, row: Row, source: Source, kind: Kind | None = None) -> None:
     """Raise DataError when a later row is of another format than the `name` decided from the first rows (since row `first`)."""
-    names = shapes(row)
+    names = shapes(row, kind)
+    if kind == "labels" and name == "labelled" and set(names) <= {name, *_UNLABELLED}:
+        return
     if len(names) > 1:
         raise _ambiguous(names, key, row)
     if names and names[0] != name:
@@ -98,20 +137,15 @@ def _nothing_fits(source: Source, unknown: tuple[str, Row] | None, broken: Probl
     if unknown is None:
         return DataError("no row could be read", where=source.path, remedy="mend the file", code="no_row")
     key, row = unknown
-    if "chosen" in row and "rejected" in row:
-        hint = "; these are preference pairs, which supervised fine-tuning does not read"
-    elif "input_ids" in row:
+    if "input_ids" in row:
         hint = "; rows that are already token ids are not read: the ledger could not say what is trained"
     else:
-        hint = next((near for name in row if (near := did_you_mean(str(name), _wanted()))), "")
+        hint = next((near for name in row if (near := did_you_mean(str(name), _NAMES))), "")
     return DataError(
         f"the rows are of no known format; the first has the keys: {', '.join(map(str, row)) or 'none'}{hint}",
         where=key,
-        remedy="known: messages, sharegpt (conversations), alpaca (instruction, output), prompt_completion (prompt, completion), text; "
-        "map other names with columns: {prompt: question, completion: answer}",
+        remedy="known: messages, sharegpt (conversations), alpaca (instruction, output), prompt_completion (prompt, completion), text, "
+        "preference (prompt, chosen, rejected), openai_preference, ranked (prompt, answers, scores), labelled (prompt, completion, label), "
+        "steps (prompt, completions, labels); map other names with columns: {prompt: question, completion: answer}",
         code="unknown_format",
     )
-
-
-def _wanted() -> list[str]:
-    return ["messages", "conversations", "instruction", "output", "prompt", "completion", "text"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Literal
@@ -14,18 +14,21 @@ import numpy.typing as npt
 
 from tunesmith.core.errors import DataError, RecipeError, TunesmithError
 from tunesmith.core.recipe import Fraction, Recipe, Source
-from tunesmith.core.types import Dialog, Prompt, Row, Text
+from tunesmith.core.types import Dialog, Example, Kind, Labelled, Message, Pair, Prompt, Ranked, Row, Steps, Text, Wanted
 from tunesmith.data.crew import Crew
 from tunesmith.data.dataset import Builder
-from tunesmith.data.detect import LOOK, check_columns, detect, hold
+from tunesmith.data.detect import LOOK, WORDS, check_columns, detect, hold
 from tunesmith.data.formats import COLUMNS, FORMATS
+from tunesmith.data.formats.answers import behind, solution
+from tunesmith.data.labels import Labels
 from tunesmith.data.ledger import Ledger, Part
 from tunesmith.data.notes import explain
+from tunesmith.data.partners import partners
 from tunesmith.data.problem import Problem
 from tunesmith.data.readers import Found
 from tunesmith.data.sources import read
 from tunesmith.data.template import ChatTemplate
-from tunesmith.data.tokenise import Outcome, Refused, Tokeniser, Used
+from tunesmith.data.tokenise import DIALOGS, Outcome, Refused, Tokeniser, Used
 from tunesmith.data.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
@@ -33,6 +36,7 @@ LISTED = 1000  # problems kept with their own words; the ledger counts all
 CHUNK = 256  # rows tokenised together
 _CHUNK_SIZE = 4 << 20  # characters of them, about
 _HASH_BYTES = 32
+GOOD = 0.5  # the least value of an answer, or of a step, that is a good one
 
 
 @dataclass
@@ -64,18 +68,31 @@ def gather(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     prompts: int,
+    wanted: Wanted = DIALOGS,
     progress: Callable[[int], None] | None = None,
     workers: int | None = None,
 ) -> Gathered:
     """Read, render and bound every row of a recipe's sources; nothing is raised for a bad row or source, all of it is noted.
 
-    `prompts` is how many prompts with their true answers are kept for the report; `progress` is called with the rows done since;
-    `workers` is how many processes may help when there is much to do (None: one less than the cores). The result does not depend on it.
+    `wanted` is what the objective asks of the rows; `prompts` is how many prompts with their true answers are kept for the report;
+    `progress` is called with the rows done since; `workers` is how many processes may help when there is much to do (None: one less than
+    the cores). The result does not depend on it.
     """
     out = Gathered()
-    entry = _Entry(out, prompts, recipe.tokens.max_length)
-    with Crew(Tokeniser(recipe.data.turns, recipe.tokens, template, tokenizer), workers) as crew:
-        for chunk, outcomes in crew.outcomes(_chunks(recipe, out)):
+    if wanted.kind != "dialogs" and recipe.tokens.overlong == "split":
+        out.faults.append(
+            RecipeError(
+                f"tokens.overlong: split is for dialogs and text, and this objective learns from {WORDS[wanted.kind]}",
+                where="tokens.overlong",
+                remedy="choose drop, cut_prompt or error",
+                code="split_not_possible",
+            )
+        )
+        return out
+    entry = _Entry(out, prompts, recipe.tokens.max_length, wanted)
+    tokeniser = Tokeniser(recipe.data.turns, recipe.tokens, template, tokenizer, recipe.data.ranked, wanted)
+    with Crew(tokeniser, workers) as crew:
+        for chunk, outcomes in crew.outcomes(_chunks(recipe, out, wanted.kind)):
             entry.enter(chunk, outcomes)
             if progress is not None:
                 progress(len(outcomes))
@@ -83,12 +100,12 @@ def gather(
     return out
 
 
-def _chunks(recipe: Recipe, out: Gathered) -> Iterator[Chunk]:
+def _chunks(recipe: Recipe, out: Gathered, kind: Kind) -> Iterator[Chunk]:
     """The rows of all sources; a source that cannot be read ends early and leaves a fault."""
     validation = recipe.data.validation
     for split, source in _sources(recipe):
         try:
-            yield from _chunks_of(split, source, validation.fraction if isinstance(validation, Fraction) else 0.0, out)
+            yield from _chunks_of(split, source, validation.fraction if isinstance(validation, Fraction) else 0.0, out, kind)
         except (DataError, RecipeError) as error:
             out.faults.append(error)
 
@@ -101,11 +118,11 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Split, Source]]:
             yield "validation", source
 
 
-def _chunks_of(split: Split, source: Source, fraction: float, out: Gathered) -> Iterator[Chunk]:
+def _chunks_of(split: Split, source: Source, fraction: float, out: Gathered, kind: Kind) -> Iterator[Chunk]:
     check_columns(source)
     rows = read(source)
     head = list(islice(rows, LOOK))
-    name = detect(head, source)
+    name = detect(head, source, kind)
     part = Part(source.path, split, name)
     held = Part(source.path, "validation", name) if fraction else part
     out.ledger.parts += [part, held] if fraction else [part]
@@ -116,7 +133,7 @@ def _chunks_of(split: Split, source: Source, fraction: float, out: Gathered) -> 
         for key, row in chain(head, rows):
             if isinstance(row, dict):
                 if source.format == "auto":
-                    hold(name, first, key, row, source)
+                    hold(name, first, key, row, source, kind)
                 part.unused_columns.update(str(column) for column in row if column not in COLUMNS[name])
             found.append((key, row))
             size += _size(row)
@@ -142,12 +159,15 @@ def _size(value: Any) -> int:
 class _Entry:
     """Enters outcomes into the ledger and the token sets, in the order of the rows."""
 
-    def __init__(self, out: Gathered, prompts: int, max_length: int) -> None:
+    def __init__(self, out: Gathered, prompts: int, max_length: int, wanted: Wanted) -> None:
         self._out = out
-        self._wanted = prompts
+        self._most = prompts
+        self._wanted = wanted
+        self._limit = max_length
         self._over = f"more than max_length = {max_length} tokens"
         self._contents: dict[Split, bytearray] = {"train": bytearray(), "validation": bytearray()}
         self._owners: dict[Split, array[int]] = {"train": array("q"), "validation": array("q")}  # place of the row's part in the ledger
+        self._labels: dict[Split, Labels] = {"train": Labels(), "validation": Labels()}
         self._held: list[str] = []  # keys of the validation rows
         self._prompts: dict[Split, list[tuple[int, str, Prompt]]] = {"train": [], "validation": []}
 
@@ -155,7 +175,9 @@ class _Entry:
         """One outcome for each row of the chunk."""
         places = {id(part): place for place, part in enumerate(self._out.ledger.parts)}
         for (key, row), outcome in zip(chunk.found, outcomes, strict=True):
-            aside = chunk.fraction and outcome.content and int(outcome.content[:13], 16) < chunk.fraction * 16**13
+            # Answers to one prompt stay on one side.
+            deciding = outcome.prompt or outcome.content
+            aside = chunk.fraction and deciding and int(deciding[:13], 16) < chunk.fraction * 16**13
             part = chunk.held if aside else chunk.part
             part.read += 1
             if isinstance(outcome, Refused):
@@ -164,6 +186,8 @@ class _Entry:
                     self._out.problems.append(outcome.problem)
             else:
                 self._owners[part.split].append(places[id(part)])
+                if self._wanted.kind == "labels":
+                    self._labels[part.split].enter(outcome, part, places[id(part)])
                 self._use(part, key, outcome, chunk.source.weight)
                 assert isinstance(row, dict)
                 self._keep_prompt(part, chunk.format, row, key, outcome.content)
@@ -192,18 +216,20 @@ class _Entry:
             part.note("note", Problem(key, note.split(":")[0], explain(note)))
         if used.fate:
             part.note(used.fate, Problem(key, "over_length", self._over, "raise tokens.max_length to keep such rows whole"))
+        for problem in used.aside:
+            part.note("note", problem)
         for lost in used.lost:
             part.note("note", Problem(key, "exchange_lost", lost, "raise tokens.max_length"))
 
     def _keep_prompt(self, part: Part, format: str, row: Row, key: str, content: str) -> None:
         # The smallest hashes of content: spread over the data, the same on every run, and nothing else has to be remembered.
         heap, rank = self._prompts[part.split], -int(content, 16)
-        if (len(heap) >= self._wanted and (not heap or rank <= heap[0][0])) or any(other[0] == rank for other in heap):
+        if (len(heap) >= self._most and (not heap or rank <= heap[0][0])) or any(other[0] == rank for other in heap):
             return
         example = FORMATS[format].function(row, key)
-        if isinstance(example, Text) or (prompt := prompt_of(example)) is None:
+        if (prompt := prompt_of(example)) is None:
             return
-        push = heapq.heappush if len(heap) < self._wanted else heapq.heapreplace
+        push = heapq.heappush if len(heap) < self._most else heapq.heapreplace
         push(heap, (rank, key, prompt))
 
     def finish(self) -> None:
@@ -218,9 +244,54 @@ class _Entry:
             ledger.overlap += 1
             problem = Problem(self._held[place], "also_in_training", "this validation row is also trained on", "remove it from one side")
             ledger.parts[self._owners["validation"][place]].note("note", problem)
+        if self._wanted.kind == "labels":
+            try:
+                self._finish_labels(contents)
+            except DataError as error:
+                self._out.faults.append(error)
         kept = self._prompts["validation"] or self._prompts["train"]
         self._out.prompts = [prompt for _, _, prompt in sorted(kept, key=lambda item: -item[0])]
         ledger.balance()
+
+    def _finish_labels(self, contents: Mapping[Split, npt.NDArray[np.bytes_]]) -> None:
+        """The labels are counted, and each row gets its partner where the objective wants one."""
+        parts = self._out.ledger.parts
+        where = ", ".join(dict.fromkeys(part.source for part in parts))
+        for labels in self._labels.values():
+            labels.finish(parts)
+        self._labels["train"].check(where)
+        if self._wanted.mismatched:
+            self._out.train = self._accompanied(self._out.train, "train", contents["train"], where)
+            self._out.validation = self._accompanied(self._out.validation, "validation", contents["validation"], where)
+
+    def _accompanied(self, alone: Builder, split: Split, contents: npt.NDArray[np.bytes_], where: str) -> Builder:
+        if not len(alone):
+            return alone
+        rows, both = alone.build(), Builder()
+        others = partners(rows, contents, self._limit, where)
+        for place, (row, other) in enumerate(zip(rows, others, strict=True)):
+            both.add(row, rows.repeats[place])
+            both.add(other, rows.repeats[place])
+            part, learned = self._out.ledger.parts[self._owners[split][place]], int(np.count_nonzero(other.train))
+            part.rows += 1
+            part.tokens += len(other)
+            part.trained["mismatched"] += learned
+            part.untrained["mismatched"] += len(other) - learned
+        return both
+
+
+def _good_one(example: Pair | Labelled | Steps | Ranked) -> Dialog | None:
+    """The prompt with the answer that was preferred; None when the only answer is not a good one."""
+    answer: Sequence[Message]
+    if isinstance(example, Pair):
+        answer = example.chosen
+    elif isinstance(example, Ranked):
+        answer = example.answers[max(range(len(example.scores)), key=lambda place: example.scores[place])]
+    elif min(example.values if isinstance(example, Steps) else [example.value]) < GOOD:
+        return None
+    else:
+        answer = solution(example) if isinstance(example, Steps) else example.answer
+    return behind(example.prompt, answer, example.key, example.tools)
 
 
 def _again(digests: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
@@ -230,9 +301,12 @@ def _again(digests: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
     return again
 
 
-def prompt_of(dialog: Dialog) -> Prompt | None:
-    """What asks for the last answer, with that answer as the truth; None when the last answer has no words (a tool call)."""
-    last = dialog.messages[-1]
-    if last.role != "assistant" or not last.content.strip():
+def prompt_of(example: Example) -> Prompt | None:
+    """What asks for the last answer, with that answer as the truth; None when it has no words (a tool call) or is not a good one."""
+    if isinstance(example, Text):
+        return None
+    dialog = example if isinstance(example, Dialog) else _good_one(example)
+    last = dialog.messages[-1] if dialog is not None else None
+    if dialog is None or last is None or last.role != "assistant" or not last.content.strip():
         return None
     return Prompt(dialog.messages[:-1], last.content, dialog.key, dialog.tools)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tunesmith.core.errors import BugError
 from tunesmith.data.problem import Problem
 
+_COUNTERS = ("labels", "trained", "untrained", "unused_columns")
 KEYS = 1000  # keys kept of one reason; the count is always whole
 Fate = Literal["refused", "dropped", "cut", "split", "note"]
 
@@ -38,7 +39,9 @@ class Part:
 
     read = used + refused + dropped, in rows of the file. `rows` is what they became (a row may give several), `longest` the most
     tokens a row had before any cut. `trained` and `untrained` count the tokens of used rows by the role that speaks, before a cut:
-    tokens = trained + untrained - cut_tokens + repeated_tokens, where a cut takes context only, and a split repeats some.
+    tokens = trained + untrained - cut_tokens + repeated_tokens, where a cut takes context only, and a split repeats some. The role
+    "mismatched" counts whole rows: prompts with the answers of other rows. `labels` counts used rows by their label; of these `unpaired`
+    have a prompt that is answered with one label alone.
     """
 
     source: str
@@ -56,6 +59,8 @@ class Part:
     cut_tokens: int = 0
     repeated_tokens: int = 0
     longest: int = 0
+    unpaired: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
     trained: Counter[str] = field(default_factory=Counter)
     untrained: Counter[str] = field(default_factory=Counter)
     unused_columns: Counter[str] = field(default_factory=Counter)
@@ -129,10 +134,14 @@ class Ledger:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Ledger:
         """The ledger that `as_dict` wrote."""
-        counters = ("trained", "untrained", "unused_columns")
+        counters = _COUNTERS
         parts = [
             Part(
-                **{**part, **{name: Counter(part[name]) for name in counters}, "reasons": [Reason(**reason) for reason in part["reasons"]]}
+                **{
+                    **part,
+                    **{name: Counter(part.get(name, {})) for name in counters},
+                    "reasons": [Reason(**reason) for reason in part["reasons"]],
+                }
             )
             for part in value["parts"]
         ]
@@ -156,6 +165,11 @@ class Ledger:
         if roles:
             both = ((role, self._by_role("trained")[role], self._by_role("untrained")[role]) for role in roles)
             lines.append("tokens by role, trained/context: " + ", ".join(f"{role} {yes}/{no}" for role, yes, no in both))
+        for part in self.parts:
+            if total := sum(part.labels.values()):
+                counts = ", ".join(f"{count} {label}" for label, count in part.labels.items())
+                share = f"{part.unpaired} of {total} ({part.unpaired / total:.0%}) have a prompt with one label alone"
+                lines.append(f"{part.split} answers: {counts}; {share}")
         for _part, reason in self.reasons("refused", "dropped", "cut", "split", "note"):
             lines.append(f"{reason.fate} {reason.count} x {reason.code}: {reason.message} ({_some(reason.keys, reason.count)})")
         if self.overlap:
@@ -165,8 +179,9 @@ class Ledger:
 
 def _plain(part: Part) -> dict[str, Any]:
     # asdict hands a Counter its pairs as if they were things to count.
-    counters = {name: dict(getattr(part, name)) for name in ("trained", "untrained", "unused_columns")}
-    return {**asdict(replace(part, trained=Counter(), untrained=Counter(), unused_columns=Counter())), **counters}
+    counters = {name: dict(getattr(part, name)) for name in _COUNTERS}
+    bare: dict[str, Any] = {name: Counter() for name in _COUNTERS}
+    return {**asdict(replace(part, **bare)), **counters}
 
 
 def _some(keys: Iterable[str], count: int) -> str:

@@ -18,6 +18,7 @@ NOTES: Mapping[str, str] = {
     "tools_dropped": "the template does not show the tools of the row",
     "end_mark_is_eos": "the template's end mark is no token of this tokenizer; its EOS is used instead",
     "marks_are_text": "marks of the template are no tokens of this tokenizer and are learned as plain text",
+    "margin": "the row says by how much the one answer is preferred (its margin, or the difference of its scores)",
     "several_templates": "the tokenizer has several templates; the one called default is used",
     "depends_on_date": "the template writes today's date: the same rows give other tokens tomorrow",
 }

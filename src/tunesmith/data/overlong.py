@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from tunesmith.core.types import Dialog, Example, Message, Text, Tokens
+from tunesmith.core.types import Dialog, Message, Text, Tokens
 
 
 def cut_prompt(tokens: Tokens, limit: int, bos: int | None) -> Tokens | None:
@@ -15,15 +15,22 @@ def cut_prompt(tokens: Tokens, limit: int, bos: int | None) -> Tokens | None:
     Everything from the first trained token on stays; so does a leading BOS. At least one token of context stays, since the
     first trained token has to be predicted from something.
     """
-    excess = len(tokens) - limit
+    cut = cut_front([tokens], int(np.flatnonzero(tokens.train)[0]), limit, bos)
+    return None if cut is None else cut[0]
+
+
+def cut_front(rows: Sequence[Tokens], first: int, limit: int, bos: int | None) -> list[Tokens] | None:
+    """The rows, alike before token `first`, with the same context cut away in all until the longest has `limit` tokens.
+
+    None when that would take more than the context (see `cut_prompt`).
+    """
+    excess = max(len(tokens) for tokens in rows) - limit
     if excess <= 0:
-        return tokens
-    head = 1 if bos is not None and tokens.ids[0] == bos else 0
-    first = int(np.flatnonzero(tokens.train)[0])
+        return list(rows)
+    head = 1 if bos is not None and rows[0].ids[0] == bos else 0
     if excess > first - max(head, 1):
         return None
-    keep = np.r_[0:head, head + excess : len(tokens)]
-    return _part(tokens, keep, tokens.key)
+    return [_part(tokens, np.r_[0:head, head + excess : len(tokens)], tokens.key) for tokens in rows]
 
 
 def split_text(tokens: Tokens, limit: int, bos: int | None) -> list[Tokens]:
@@ -101,7 +108,7 @@ def _dialog(whole: Dialog, system: tuple[Message, ...], exchanges: list[list[Mes
     return Dialog((*system, *(message for exchange in exchanges for message in exchange)), f"{whole.key}#{number}", whole.tools)
 
 
-def surely_over(example: Example, limit: int, longest_piece: int) -> bool:
+def surely_over(example: Dialog | Text, limit: int, longest_piece: int) -> bool:
     """Is the text so long that tokens of the longest kind could not hold it in `limit`? Spares tokenising megabytes in vain."""
     if isinstance(example, Text):
         size = len(example.text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tunesmith.core.errors import CapacityError, DataError, TunesmithError
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
-from tunesmith.core.types import Prompt
+from tunesmith.core.types import Prompt, Wanted
 from tunesmith.data import cache
 from tunesmith.data.dataset import TokenSet
 from tunesmith.data.gather import Gathered, gather
@@ -17,6 +17,7 @@ from tunesmith.data.ledger import Ledger
 from tunesmith.data.notes import explain
 from tunesmith.data.problem import Problem
 from tunesmith.data.template import ChatTemplate, choose_template
+from tunesmith.data.tokenise import DIALOGS
 from tunesmith.data.tokenizer import Tokenizer
 
 SHOWN = 10  # bad rows that an error lists
@@ -38,20 +39,28 @@ class Prepared:
     prompts: list[Prompt]
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], None] | None = None, workers: int | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    wanted: Wanted = DIALOGS,
+    *,
+    progress: Callable[[int], None] | None = None,
+    workers: int | None = None,
+) -> Prepared:
     """The token sets of a recipe, from the cache when the same rows were prepared in the same way before.
 
-    `progress` is called with the number of rows done since the last call; `workers` processes at most help with much data (None: one
-    less than the cores), which changes nothing but the time. Raises DataError: "rows_refused" (a bad row, unless
-    data.on_bad is drop; lists the first ten), "over_length" (with tokens.overlong: error), "no_rows" (nothing is left), "no_validation";
-    the errors of files that cannot be read; TemplateError when there is no template to use.
+    `wanted` is what the objective asks of the rows. `progress` is called with the number of rows done since the last call; `workers`
+    processes at most help with much data (None: one less than the cores), which changes nothing but the time. Raises DataError:
+    "rows_refused" (a bad row, unless data.on_bad is drop; lists the first ten), "over_length" (with tokens.overlong: error), "no_rows"
+    (nothing is left), "no_validation", "wrong_kind" (rows of another kind than wanted), "one_label", "too_few_rows" (labelled answers);
+    the errors of files that cannot be read; RecipeError "split_not_possible"; TemplateError when there is no template to use.
     """
     template = choose_template(tokenizer, recipe.model.template, dict(recipe.model.template_options))
     prompts = max(_PROMPTS, recipe.run.samples)
-    folder = _folder(recipe, tokenizer, template, prompts)
+    folder = _folder(recipe, tokenizer, template, prompts, wanted)
     stored = cache.fetch(folder) if folder is not None else None
     if stored is None or (recipe.data.on_bad == "refuse" and stored.ledger.refused):
-        gathered = gather(recipe, tokenizer, template, prompts, progress, workers)
+        gathered = gather(recipe, tokenizer, template, prompts, wanted, progress, workers)
         _raise_what_is_wrong(gathered, recipe)
         validation = gathered.validation.build() if recipe.data.validation is not None else None
         stored = cache.Stored(gathered.train.build(), validation, gathered.ledger, gathered.prompts)
@@ -63,11 +72,11 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], N
     return Prepared(stored.train, stored.validation, stored.ledger, template, stored.prompts[: recipe.run.samples])
 
 
-def _folder(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate, prompts: int) -> Path | None:
+def _folder(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate, prompts: int, wanted: Wanted) -> Path | None:
     if not recipe.tokens.cache:
         return None
     try:
-        return cache.root() / cache.cache_key(recipe, tokenizer, template.hash, prompts)
+        return cache.root() / cache.cache_key(recipe, tokenizer, template.hash, prompts, wanted)
     except DataError:
         return None  # a source cannot be read: reading them all finds every such source, not only the first
 
@@ -80,13 +89,15 @@ def _keep(folder: Path, stored: cache.Stored) -> None:
         logger.warning("the tokens are not kept in the cache: %s", error.message if isinstance(error, CapacityError) else error)
 
 
-def check_rows(recipe: Recipe, tokenizer: Tokenizer, *, progress: Callable[[int], None] | None = None) -> tuple[list[Problem], Ledger]:
+def check_rows(
+    recipe: Recipe, tokenizer: Tokenizer, wanted: Wanted = DIALOGS, *, progress: Callable[[int], None] | None = None
+) -> tuple[list[Problem], Ledger]:
     """Every problem that would keep `prepare` from going on or that it would drop, and the ledger; raises for no row.
 
     Raises TemplateError when there is no template to use.
     """
     template = choose_template(tokenizer, recipe.model.template, dict(recipe.model.template_options))
-    gathered = gather(recipe, tokenizer, template, recipe.run.samples, progress)
+    gathered = gather(recipe, tokenizer, template, recipe.run.samples, wanted, progress)
     problems = [Problem.of(fault, fault.where) for fault in gathered.faults] + gathered.problems
     if not gathered.faults and (nothing := _nothing_left(gathered, recipe)) is not None:
         problems.append(Problem.of(nothing, nothing.where))

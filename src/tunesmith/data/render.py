@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.core.errors import BugError, DataError, TemplateError, TunesmithError
-from tunesmith.core.types import Dialog, Example, Message, Text, Tokens
+from tunesmith.core.types import Dialog, Message, Text, Tokens
 from tunesmith.data.stops import stop_ids
 from tunesmith.data.template import NAMED, ChatTemplate, apply
 from tunesmith.data.tokenizer import (
@@ -66,7 +66,9 @@ class Rendered:
         return tuple(pieces)
 
 
-def render(example: Example, template: ChatTemplate, tokenizer: Tokenizer, *, turns: Literal["all", "last"] = "all") -> list[Rendered]:
+def render(
+    example: Dialog | Text, template: ChatTemplate, tokenizer: Tokenizer, *, turns: Literal["all", "last"] = "all"
+) -> list[Rendered]:
     """The tokens of one example with their training weights; several when the template shows earlier turns otherwise than it asks for them.
 
     Raises TemplateError (codes in `views`, `spans`, `template`) and DataError ("nothing_trained", "control_token_in_answer").
@@ -78,13 +80,13 @@ def render(example: Example, template: ChatTemplate, tokenizer: Tokenizer, *, tu
 
 
 def render_many(
-    examples: Sequence[Example], template: ChatTemplate, tokenizer: Tokenizer, *, turns: Literal["all", "last"] = "all"
+    examples: Sequence[Dialog | Text], template: ChatTemplate, tokenizer: Tokenizer, *, turns: Literal["all", "last"] = "all"
 ) -> list[list[Rendered] | DataError | TemplateError]:
     """`render` of every example, with the error in the place of one that cannot be rendered; the texts of all are encoded together."""
     return together(tokenizer, [_render(example, template, tokenizer, turns) for example in examples])
 
 
-def _render(example: Example, template: ChatTemplate, tokenizer: Tokenizer, turns: Literal["all", "last"]) -> Asking[list[Rendered]]:
+def _render(example: Dialog | Text, template: ChatTemplate, tokenizer: Tokenizer, turns: Literal["all", "last"]) -> Asking[list[Rendered]]:
     if isinstance(example, Text):
         return [(yield from _text(example, tokenizer))]
     if template.text is None:

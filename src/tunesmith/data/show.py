@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.core.errors import DataError, TemplateError
 from tunesmith.core.recipe import Source
+from tunesmith.core.types import Dialog, Example, Labelled, Ranked, Text, Wanted
 from tunesmith.data.detect import LOOK, check_columns, detect, hold
 from tunesmith.data.formats import FORMATS
+from tunesmith.data.judged import dialogs_of, mark, only, pairs_of
 from tunesmith.data.notes import explain
 from tunesmith.data.problem import Problem
 from tunesmith.data.render import Rendered, render
@@ -33,9 +35,11 @@ def show_rows(
 ) -> dict[str, Any]:
     """The tokens of the first n rows of a source, as `tunesmith show --json` prints them.
 
-    {"rows": [{"key", "ids", "trained" (0 or 1 an id), "pieces" (one text an id; joined they are the rendered text), "dropped" (null, or why
-    the row would not be trained on), "notes"}], "template": {"source", "hash"}, "format"}. A row that a template shows in several
-    ways gives several entries. Raises DataError when the source cannot be read.
+    {"rows": [{"key", "role", "ids", "trained" (0 or 1 an id), "pieces" (one text an id; joined they are the rendered text), "dropped"
+    (null, or why the row would not be trained on), "notes"}], "template": {"source", "hash"}, "format"}. A row that a template shows in
+    several ways gives several entries, as do the sides of a pair, told apart by "role" ("chosen" or "rejected"; "" for a dialog). Pairs
+    and labelled answers are shown as a preference objective trains them, steps with the tokens at which a process reward is read.
+    Raises DataError when the source cannot be read.
     """
     check_columns(source)
     rows = read(source)
@@ -49,7 +53,7 @@ def show_rows(
         try:
             if source.format == "auto":
                 hold(name, head[0][0], key, row, source)
-            forms = render(FORMATS[name].function(row, key), template, tokenizer, turns=turns)
+            forms = _forms(FORMATS[name].function(row, key), template, tokenizer, turns)
         except (DataError, TemplateError) as error:
             shown.append(_dropped(Problem.of(error, key)))
             continue
@@ -57,9 +61,23 @@ def show_rows(
     return {"rows": shown, "template": {"source": template.source, "hash": template.hash}, "format": name}
 
 
+def _forms(example: Example, template: ChatTemplate, tokenizer: Tokenizer, turns: Literal["all", "last"]) -> list[Rendered]:
+    if isinstance(example, Dialog | Text):
+        return render(example, template, tokenizer, turns=turns)
+    if isinstance(example, Ranked):
+        pairs, ties = pairs_of(example, "best_worst")
+        if not pairs:
+            raise DataError(ties[0].message, where=example.key, remedy=ties[0].remedy, code=ties[0].code)
+        return [form for pair in pairs for form in _forms(pair, template, tokenizer, turns)]
+    sides = [only(render(dialog, template, tokenizer, turns=turns), example) for dialog in dialogs_of(example)]
+    scored = isinstance(example, Labelled) and example.value not in (0, 1)
+    return mark(example, sides, Wanted(at="ends" if scored else "answers"))
+
+
 def _shown(form: Rendered, max_length: int | None) -> dict[str, Any]:
     return {
         "key": form.tokens.key,
+        "role": form.tokens.role,
         "ids": form.tokens.ids.tolist(),
         "trained": (form.tokens.train != 0).astype(int).tolist(),
         "pieces": list(form.pieces),
@@ -70,7 +88,7 @@ def _shown(form: Rendered, max_length: int | None) -> dict[str, Any]:
 
 def _dropped(problem: Problem) -> dict[str, Any]:
     reason = f"{problem.message} ({problem.code})"
-    return {"key": problem.key, "ids": [], "trained": [], "pieces": [], "dropped": reason, "notes": []}
+    return {"key": problem.key, "role": "", "ids": [], "trained": [], "pieces": [], "dropped": reason, "notes": []}
 
 
 def _why_dropped(length: int, trained: bool, max_length: int | None) -> str | None:
@@ -93,7 +111,8 @@ def painted(document: dict[str, Any], special: frozenset[int] = frozenset()) -> 
     parts: list[Any] = []
     for row in document["rows"]:
         count, trained = len(row["ids"]), sum(row["trained"])
-        parts.append(Rule(f"{row['key']}   {count} tokens, {trained} trained", align="left", style="cyan"))
+        name = f"{row['key']}   {row['role']}".rstrip()
+        parts.append(Rule(f"{name}   {count} tokens, {trained} trained", align="left", style="cyan"))
         body = Paint()
         for token, learned, piece in zip(row["ids"], row["trained"], row["pieces"], strict=True):
             style = "bold black on green" if learned else "dim"

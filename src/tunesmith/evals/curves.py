@@ -36,8 +36,9 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     out.append(_scaled(Curve("Learning rate", "", _present(metrics, {"lr": "lr"}))))
     rest = (("Gradient norm", "before clipping", "grad_norm"), ("Speed", "tokens per second", "tokens_per_s"))
     out += [Curve(title, unit, _present(metrics, {key: key}), from_zero=True) for title, unit, key in rest]
-    own = ("reward_margin", "accuracy", "kl", "reward")
-    out += [Curve(key.replace("_", " ").capitalize(), "", _present(metrics, {key: key})) for key in own]
+    for key in ("accuracy", "reward_margin", "score_margin", "kl", "reward"):
+        both = {"training": key, "validation": f"eval/{key}"}
+        out.append(Curve(key.replace("_", " ").capitalize(), "", _present(metrics, both)))
     return [curve for curve in out if curve.lines]
 
 

@@ -166,6 +166,12 @@ def perplexity_result(
     return _result(task, "perplexity", pairs, others, seed)
 
 
+def share_result(values: Sequence[float], base: Sequence[float], *, task: str, metric: str, seed: int = 0) -> Result:
+    """The mean of grades in 0..1, beside the base's on the same rows."""
+    ours, theirs = ({place: (value, 1.0) for place, value in enumerate(found)} for found in (values, base))
+    return _result(task, metric, ours, theirs, seed)
+
+
 def _base_of(opened: Opened, asked: str | None) -> tuple[str | None, str | None]:
     """The base's name, and 'disabled adapter' when switching the adapter off gives it."""
     if asked == "none":

@@ -21,8 +21,9 @@ from tunesmith.model import attention, fuse, gradients, memory
 from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.copies import Copies
 from tunesmith.model.float8 import demand_device
-from tunesmith.model.forward import Pass, Sharing, passes, send
+from tunesmith.model.forward import Pass, Sharing, passes
 from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
+from tunesmith.model.layout import send
 from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded, without_bars
 from tunesmith.model.positions import alone_from
 from tunesmith.model.tokenizer import CONFIG, adapter_base, resolve

@@ -18,7 +18,7 @@ from tunesmith.core.load import Loaded, dump_yaml
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Recipe
-from tunesmith.core.types import Prompt, content_hash
+from tunesmith.core.types import Prompt, Tokens, content_hash
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.render import stop_ids
 from tunesmith.data.template import ChatTemplate
@@ -26,15 +26,17 @@ from tunesmith.evals.likelihood import row_sums
 from tunesmith.evals.report import environment, write_report
 from tunesmith.evals.result import Result, sample_row
 from tunesmith.evals.rows import as_text
-from tunesmith.evals.run import perplexity_result
+from tunesmith.evals.run import perplexity_result, share_result
 from tunesmith.infer.generate import generate
 from tunesmith.model.policy import Policy
+from tunesmith.objective import Method
 from tunesmith.training import receipt as receipts
 from tunesmith.training import state as states
-from tunesmith.training.loop import Job, perplexity
+from tunesmith.training.loop import Job, likelihood_alone
 from tunesmith.training.sinks import read_metrics
 from tunesmith.training.speed import summary
 from tunesmith.training.state import Identity
+from tunesmith.training.step import Budget, grades
 
 SAMPLE = SampleSettings(max_new_tokens=96, temperature=0.0)
 
@@ -48,8 +50,10 @@ def finished(run: Path, identity: Identity) -> dict[str, Any] | None:
     return result if stored["identity"] == content_hash(asdict(identity)) else None
 
 
-def remember_before(run: Path, policy: Policy, tokenizer: Any, prepared: Prepared, *, fresh: bool) -> None:
-    """Write before.json: what the untrained model answers to the report's prompts and says of the probes."""
+def remember_before(
+    run: Path, policy: Policy, tokenizer: Any, prepared: Prepared, methods: Sequence[Method], budget: Budget, *, fresh: bool
+) -> None:
+    """Write before.json: what the untrained model answers to the report's prompts, and says of the probes and the validation rows."""
     if not fresh and (run / "before.json").exists():
         return
     probes = receipts.probe_rows(prepared.validation or prepared.train)
@@ -57,7 +61,7 @@ def remember_before(run: Path, policy: Policy, tokenizer: Any, prepared: Prepare
     before = {
         "answers": answers(policy, tokenizer, prepared.template, prepared.prompts),
         "probe_logprobs": receipts.live_logprobs(policy, probes),
-        "validation_sums": row_sums(policy, list(prepared.validation))[0].tolist() if prepared.validation else None,
+        "validation": _validation(policy, list(prepared.validation), methods, budget) if prepared.validation else None,
     }
     write_json(run / "before.json", before)
 
@@ -83,7 +87,7 @@ def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds
     live = receipts.live_logprobs(policy, probes)
     before = read_json(run / "before.json")
     after = answers(policy, tokenizer, prepared.template, prepared.prompts)
-    scores = _scores(job, before["validation_sums"])
+    scores = _scores(job, before["validation"])
     final = run / "final"
     save_final(final, policy, tokenizer, prepared.template, recipe)
     device = str(policy.device)
@@ -143,12 +147,27 @@ def _take_best(job: Job) -> None:
         job.policy.load_state(safetensors.torch.load_file(states.folder_of(job.run, best) / "weights.safetensors"))
 
 
-def _scores(job: Job, base_sums: Sequence[float] | None) -> list[Result]:
-    """Validation perplexity beside the base's on the same rows, with intervals and their difference."""
-    if not job.validation or base_sums is None:
+def _validation(policy: Policy, rows: Sequence[Tokens], methods: Sequence[Method], budget: Budget) -> dict[str, Any]:
+    """What the report compares before and after: the rows' likelihoods, or how right the objective finds each pair, label or solution."""
+    if likelihood_alone(methods):
+        sums, weights = row_sums(policy, rows)
+        return {"perplexity": {"sums": sums.tolist(), "weights": weights.tolist()}}
+    return {"accuracy": grades(policy, rows, methods, budget)}
+
+
+def _scores(job: Job, before: dict[str, Any] | None) -> list[Result]:
+    """The validation rows after training beside before, with intervals and their difference."""
+    if not job.validation or before is None:
         return []
-    sums, weights = row_sums(job.policy, job.validation)
-    return [perplexity_result(sums, weights, np.asarray(base_sums), task="validation", seed=job.recipe.run.seed)]
+    seed = job.recipe.run.seed
+    after = _validation(job.policy, job.validation, job.methods, job.budget)
+    if "perplexity" in after:
+        now, then = after["perplexity"], before["perplexity"]
+        numbers = (np.asarray(values) for values in (now["sums"], now["weights"], then["sums"]))
+        return [perplexity_result(*numbers, task="validation", seed=seed)]
+    return (
+        [share_result(after["accuracy"], before["accuracy"], task="validation", metric="accuracy", seed=seed)] if after["accuracy"] else []
+    )
 
 
 def save_final(final: Path, policy: Policy, tokenizer: Any, template: ChatTemplate, recipe: Recipe) -> None:
@@ -177,8 +196,8 @@ def save_final(final: Path, policy: Policy, tokenizer: Any, template: ChatTempla
 
 def _curve(job: Job) -> list[dict[str, Any]]:
     rows = read_metrics(job.run / "metrics.jsonl")
-    if job.progress.start_loss is not None:
-        rows.insert(0, {"step": 0, "eval/loss": job.progress.start_loss, "eval/perplexity": perplexity(job.progress.start_loss)})
+    if job.progress.start is not None:
+        rows.insert(0, {"step": 0, **job.progress.start})
     return rows
 
 
@@ -193,7 +212,7 @@ def _result(job: Job, receipt: dict[str, Any], seconds: float) -> dict[str, Any]
         "steps": progress.step,
         "final": str(job.run / "final"),
         "metrics": last,
-        "start": None if progress.start_loss is None else {"eval/loss": progress.start_loss},
+        "start": progress.start,
         "best": best,
         "seconds": seconds,
         "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),

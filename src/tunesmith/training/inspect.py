@@ -13,6 +13,7 @@ from tunesmith.data.ledger import Ledger
 from tunesmith.data.prepare import Prepared, check_rows, prepare
 from tunesmith.model.load import resolve
 from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.objective import methods, wanted
 from tunesmith.training import door, finish
 from tunesmith.training import state as states
 from tunesmith.training.optim import peak_lr, warmup_steps
@@ -55,11 +56,12 @@ def inspect(loaded: Loaded, stand_in: Recipe | None = None) -> dict[str, Any]:
     try:
         base = resolve(recipe.model.base)
         tokenizer = load_tokenizer(base, recipe.model.revision)
+        asked = wanted(methods(recipe.objective))
         if recipe.data.on_bad == "refuse":
-            found, ledger = check_rows(recipe, tokenizer)
+            found, ledger = check_rows(recipe, tokenizer, wanted=asked)
             problems += [{"code": p.code, "where": p.key, "message": p.message, "remedy": p.remedy} for p in found]
         if not problems:
-            prepared = prepare(recipe, tokenizer)
+            prepared = prepare(recipe, tokenizer, wanted=asked)
             ledger = prepared.ledger
             derived = _derived(recipe, prepared)
             if stand_in is None:
@@ -84,7 +86,7 @@ def _derived(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     source = Offline(prepared.train, recipe.run)
     return {
         "steps": source.total,
-        "lr": peak_lr(recipe.optim, recipe.model.adapter is not None),
+        "lr": peak_lr(recipe.optim, recipe.model.adapter is not None, wanted(methods(recipe.objective))),
         "warmup_steps": warmup_steps(recipe.optim, source.total),
         "template": prepared.template.source,
     }

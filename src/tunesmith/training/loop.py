@@ -24,11 +24,11 @@ from tunesmith.training import state as states
 from tunesmith.training import watch
 from tunesmith.training.optim import lr_factor
 from tunesmith.training.parallel import Ranks
-from tunesmith.training.sinks import Sinks
+from tunesmith.training.sinks import Sinks, said
 from tunesmith.training.source import Offline
 from tunesmith.training.speed import Gauge
 from tunesmith.training.state import Identity, Progress
-from tunesmith.training.step import Budget, StepResult, gradient_step, not_finite, validation_loss, zero_gradients
+from tunesmith.training.step import Budget, StepResult, gradient_step, not_finite, validate, zero_gradients
 
 
 @dataclass
@@ -87,9 +87,9 @@ def run_loop(job: Job, stop: Stop) -> bool:
     """Train from job.progress to the end. Returns False when a stop was asked for before the end (a checkpoint is written)."""
     job.policy.train_mode(True)
     progress, total = job.progress, job.source.total
-    if progress.step == 0 and job.validation and progress.start_loss is None:
-        progress.start_loss = validation_loss(job.policy, job.validation, job.budget, job.ranks)
-        logger.info("validation loss before training %.4f (perplexity %.3f)", progress.start_loss, perplexity(progress.start_loss))
+    if progress.step == 0 and job.validation and progress.start is None:
+        progress.start = _validated(job)
+        logger.info("before training: %s", said(progress.start))
     begun = progress.step
     for rows in job.source.steps(begun):
         if job.ranks.any(stop.wanted):
@@ -161,8 +161,8 @@ def _record(
     run, end = job.recipe.run, progress.step == job.source.total
     better = False
     if job.validation and (end or (run.eval_every and progress.step % run.eval_every == 0)):
-        loss = validation_loss(job.policy, job.validation, job.budget, job.ranks)
-        values |= {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+        values |= _validated(job)
+        loss = values["eval/loss"]
         better = progress.best_loss is None or loss < progress.best_loss
         if better:
             progress.best_step, progress.best_loss, progress.without_gain = progress.step, loss, 0
@@ -171,6 +171,20 @@ def _record(
     job.sinks.write(progress.step, values)
     if end or better or (run.save_every and progress.step % run.save_every == 0):
         _save(job)
+
+
+def _validated(job: Job) -> dict[str, float]:
+    """Loss and metrics of the validation rows, as eval/...; perplexity where the loss is a likelihood's alone."""
+    found = validate(job.policy, job.validation or [], job.methods, job.budget, job.ranks)
+    values = {"eval/loss": found.loss, **{f"eval/{name}": value for name, value in found.metrics.items()}}
+    if likelihood_alone(job.methods):
+        values["eval/perplexity"] = perplexity(found.loss)
+    return values
+
+
+def likelihood_alone(methods: Sequence[Method]) -> bool:
+    """Whether the loss is the mean negative log-likelihood and nothing else."""
+    return all(method.name == "nll" and method.weight == 1 for method in methods)
 
 
 def _out_of_patience(job: Job) -> bool:

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from tunesmith.core import recipe as settings
 from tunesmith.core.errors import BugError
+from tunesmith.core.types import Wanted
 
 
 def embeddings(model: nn.Module) -> set[int]:
@@ -38,9 +39,17 @@ def build_optimizer(optim: settings.Optim, lr: float, parameters: Mapping[str, P
     return optimizer
 
 
-def peak_lr(optim: settings.Optim, adapter: bool) -> float:
-    """The learning rate named, or the usual one: 2e-4 for adapters, 2e-5 for all weights."""
-    return optim.lr if optim.lr is not None else (2e-4 if adapter else 2e-5)
+# Peak learning rates by what is learned and how: (with an adapter, all weights). Preferences move a model that already answers, by
+# little; the figures are those of the papers' recipes and of the libraries in use.
+LEARNING_RATES = {"answers": (2e-4, 2e-5), "preferences": (1e-5, 1e-6), "scores": (1e-4, 1e-5)}
+
+
+def peak_lr(optim: settings.Optim, adapted: bool, wanted: Wanted) -> float:
+    """The peak learning rate: the recipe's, or what is usual for the kind of objective."""
+    if optim.lr is not None:
+        return optim.lr
+    kind = "answers" if wanted.kind == "dialogs" else "scores" if wanted.at == "ends" else "preferences"
+    return LEARNING_RATES[kind][0 if adapted else 1]
 
 
 def warmup_steps(optim: settings.Optim, total: int) -> int:

@@ -9,10 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,22 @@ class Ranks:
         total = torch.tensor(list(values), dtype=torch.float64, device=self._device())
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank has, in the order of the ranks; small objects on the CPU only."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def sum_array(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """An array summed over all ranks."""
+        if self.world == 1:
+            return values
+        total = torch.from_numpy(values).to(self._device())
+        dist.all_reduce(total)
+        return total.cpu().numpy()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum .grad over all ranks in place; a parameter without gradient on this rank counts as zero."""

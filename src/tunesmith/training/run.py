@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tunesmith.core.errors import CheckpointError, TunesmithError
@@ -22,8 +24,9 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.model.load import check_vocabulary, choose_device, resolve
 from tunesmith.model.memory import whole_bytes
 from tunesmith.model.policy import Policy, build_policy
+from tunesmith.model.probe import settle_front
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.objective import methods
+from tunesmith.objective import methods, wanted
 from tunesmith.training import finish
 from tunesmith.training import state as states
 from tunesmith.training.door import at_the_door
@@ -32,6 +35,7 @@ from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
 from tunesmith.training.parallel import Ranks, join, leave
 from tunesmith.training.receipt import identify, model_hash, precision
+from tunesmith.training.reference import PROOF, References
 from tunesmith.training.sinks import Sinks, open_sinks
 from tunesmith.training.source import Offline
 from tunesmith.training.speed import gauge_of
@@ -124,7 +128,7 @@ def _prepare(recipe: Recipe, ranks: Ranks) -> tuple[Callable[[], Identity], Prep
     tokenizer = load_tokenizer(base, revision)
     if not ranks.first:
         ranks.barrier()  # the first rank fills the cache, the others read it
-    prepared = prepare(recipe, tokenizer)
+    prepared = prepare(recipe, tokenizer, wanted=wanted(methods(recipe.objective)))
     if ranks.first:
         ranks.barrier()
         logger.info("%s", prepared.ledger.summary())
@@ -168,13 +172,21 @@ def _build(
     recipe = loaded.recipe
     device = str(choose_device(recipe.run.device if ranks.world == 1 else _rank_device(recipe.run.device, ranks)))
     torch.manual_seed(recipe.run.seed)
-    policy = build_policy(recipe.model, device, seed=recipe.run.seed)
+    terms = methods(recipe.objective)
+    needs = frozenset[str]().union(*(method.needs for method in terms))
+    head = {"head": "score"} if "score" in needs else {}
+    policy = build_policy(recipe.model, device, seed=recipe.run.seed, **head)
     check_vocabulary(policy.causal, tokenizer)
     policy.set_neftune(recipe.run.neftune_alpha)
+    if recipe.model.fast.front and needs & {"pairs", "mismatched"}:
+        settle_front(policy)
     source = Offline(prepared.train, recipe.run)
     budget = _fit(recipe, policy, prepared, ranks)
+    if "reference" in needs:
+        prepared = _with_reference(recipe, policy, identity().base, tokenizer, budget, ranks, prepared, source.used())
+        source = Offline(prepared.train, recipe.run)
     parameters = policy.parameters_by_name()
-    lr = peak_lr(recipe.optim, recipe.model.adapter is not None)
+    lr = peak_lr(recipe.optim, recipe.model.adapter is not None, wanted(terms))
     optimizer = build_optimizer(recipe.optim, lr, parameters, policy.model)
     progress, known = Progress(), identity()
     if ranks.first:
@@ -185,7 +197,7 @@ def _build(
     if ranks.first:
         write_text(run / "recipe.yaml", dump_yaml(loaded))
         write_json(run / "ledger.json", prepared.ledger.as_dict())
-        finish.remember_before(run, policy, tokenizer, prepared, fresh=not saved)
+        finish.remember_before(run, policy, tokenizer, prepared, terms, budget, fresh=not saved)
     ranks.barrier()
     # Every rank must begin from the same random state, whatever was sampled above; dropout then differs by rank.
     torch.manual_seed(recipe.run.seed + ranks.rank)
@@ -201,19 +213,32 @@ def _build(
         sinks = open_sinks(run, recipe.run.trackers, recipe.as_dict(), total=source.total, done=progress.step)
     gauge = gauge_of(policy, ranks)
     job = Job(
-        recipe, run, policy, optimizer, lr, methods(recipe.objective), source, validation, known, progress, budget, ranks, sinks,
+        recipe, run, policy, optimizer, lr, terms, source, validation, known, progress, budget, ranks, sinks,
         gauge, began,
     )  # fmt: skip
     return Built(prepared, tokenizer, policy, job)
 
 
+def _with_reference(
+    recipe: Recipe, policy: Policy, base: str, tokenizer: Any, budget: Budget, ranks: Ranks, prepared: Prepared, used: npt.NDArray[np.bool_]
+) -> Prepared:
+    """The rows with the reference's log-probabilities beside them; before any weight moves, also when the run goes on from a checkpoint."""
+    references = References(recipe, policy, base, tokenizer, budget, ranks)
+    train = references.fill(prepared.train, used)
+    validation = prepared.validation
+    if validation is not None:
+        validation = references.fill(validation, np.ones(len(validation), dtype=np.bool_))
+    references.prove([train[row] for row in np.flatnonzero(used)[:PROOF].tolist()])
+    return replace(prepared, train=train, validation=validation)
+
+
 def _announce(policy: Policy, source: Offline) -> None:
     trained = sum(p.numel() for p in policy.parameters_by_name().values())
     logger.info(
-        "training %s of %s parameters on %s rows for %d steps (%s, %s, layout %s)",
+        "training %s of %s parameters on %s examples for %d steps (%s, %s, layout %s)",
         f"{trained:,}",
         f"{sum(p.numel() for p in policy.model.parameters()):,}",
-        f"{len(source.rows):,}",
+        f"{source.examples:,}",
         source.total,
         policy.device,
         precision(policy),

@@ -44,6 +44,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+SHOWN = ("accuracy", "reward_margin", "score_margin", "kl")  # of an objective's own metrics, on the terminal
+
+
+def said(values: Mapping[str, float]) -> str:
+    """The validation among a step's values, in words."""
+    others = [f"{name} {values[f'eval/{name}']:.3f}" for name in ("perplexity", *SHOWN) if f"eval/{name}" in values]
+    return f"validation loss {values['eval/loss']:.4f}" + (f" ({', '.join(others)})" if others else "")
+
+
 class Lines:
     """One plain line per event, about twenty in a run, for logs and pipes."""
 
@@ -58,8 +67,9 @@ class Lines:
             words = [f"step {step}/{self._total}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"]
             words += [f"grad {values['grad_norm']:.3f}", f"{values['tokens_per_s']:.0f} tok/s", f"mfu {values['mfu']:.2f}"]
             words.append(f"{values['memory_gb']:.2f} GB")
+            words += [f"{name} {values[name]:.3f}" for name in SHOWN if name in values]
             if evaluated:
-                words.append(f"validation loss {values['eval/loss']:.4f} (perplexity {values['eval/perplexity']:.3f})")
+                words.append(said(values))
             logger.info("  ".join(words))
 
     def close(self) -> None:
@@ -91,7 +101,8 @@ class Bar:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Move the bar."""
         if "eval/loss" in values:
-            self._eval = f" [cyan]valid {values['eval/loss']:.4f}[/]"
+            right = f" accuracy {values['eval/accuracy']:.2f}" if "eval/accuracy" in values else ""
+            self._eval = f" [cyan]valid {values['eval/loss']:.4f}{right}[/]"
         said = f"loss [green]{values['loss']:.4f}[/]{self._eval} "
         said += f"{values['tokens_per_s']:.0f} tok/s mfu {values['mfu']:.2f} {values['memory_gb']:.1f} GB"
         self._bar.update(self._task, completed=step, said=said)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,17 +19,23 @@ from tunesmith.data.order import epoch_steps
 
 
 class Offline:
-    """A fixed set of rows, seen in shuffled epochs; the position is the number of steps done and nothing else."""
+    """A fixed set of rows, seen in shuffled epochs; the position is the number of steps done and nothing else.
+
+    Rows of one group (the two sides of a pair) go together and count as one example. Put other arrays beside the same rows with `rows`.
+    """
 
     def __init__(self, rows: TokenSet, run: Run) -> None:
         self.rows = rows
+        self._starts = rows.groups()
+        self._ends = np.append(self._starts[1:], len(rows))
+        self._lengths = np.add.reduceat(rows.lengths, self._starts) if len(rows) else rows.lengths
         self._run = run
         self._plan = lru_cache(maxsize=2)(self._plan_of)
         self._sizes: list[int] = []
         self.total = run.steps if run.steps is not None else self._steps_of_epochs(run.epochs if run.epochs is not None else 1.0)
 
     def _plan_of(self, epoch: int) -> list[npt.NDArray[Any]]:
-        return epoch_steps(self.rows.lengths, self.rows.repeats, self._run.batch, self._run.seed, epoch)
+        return epoch_steps(self._lengths, self.rows.repeats[self._starts], self._run.batch, self._run.seed, epoch)
 
     def _size(self, epoch: int) -> int:
         while len(self._sizes) <= epoch:
@@ -58,5 +66,31 @@ class Offline:
         for _ in range(done, self.total):
             if step >= self._size(epoch):
                 epoch, step = epoch + 1, 0
-            yield [self.rows[int(row)] for row in np.asarray(self._plan(epoch)[step])]
+            yield self._rows_of(self._plan(epoch)[step])
             step += 1
+
+    def _rows_of(self, groups: npt.NDArray[Any]) -> list[Tokens]:
+        found, seen = [], Counter[int]()
+        for group in groups.tolist():
+            rows = [self.rows[row] for row in range(self._starts[group], self._ends[group])]
+            if seen[group] and rows[0].group:  # the same pair twice in one step is two pairs
+                rows = [replace(row, group=f"{row.group}+{seen[group]}") for row in rows]
+            seen[group] += 1
+            found += rows
+        return found
+
+    @property
+    def examples(self) -> int:
+        """How many groups there are."""
+        return len(self._starts)
+
+    def used(self) -> npt.NDArray[np.bool_]:
+        """Which rows [R] the steps up to the total see."""
+        groups = np.zeros(len(self._starts), dtype=np.bool_)
+        epoch, left = 0, self.total
+        while left > 0 and not groups.all():
+            for step in self._plan(epoch)[:left]:
+                groups[step] = True
+            left -= self._size(epoch)
+            epoch += 1
+        return np.repeat(groups, self._ends - self._starts)

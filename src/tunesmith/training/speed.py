@@ -13,6 +13,7 @@ from typing import Any
 from tunesmith.core.log import logger
 from tunesmith.core.types import Tokens
 from tunesmith.model.flops import Gemm, Work, count, measure_gemm
+from tunesmith.model.forward import Sharing
 from tunesmith.model.policy import Policy
 from tunesmith.training.parallel import Ranks
 
@@ -24,10 +25,12 @@ class Gauge:
     work: Work
     gemm: Gemm
     ceiling: float
+    sharing: Sharing | None = None
+    scalar: bool = False
 
     def of(self, rows: Sequence[Tokens], seconds: float) -> dict[str, float]:
         """`tflops` (1e12 operations a second, all processes) and `mfu`, their share of the ceiling."""
-        rate = self.work.of(rows) / max(seconds, 1e-9)
+        rate = self.work.of(rows, self.sharing, at=int(self.scalar)) / max(seconds, 1e-9)
         return {"tflops": rate / 1e12, "mfu": rate / self.ceiling}
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def gauge_of(policy: Policy, ranks: Ranks) -> Gauge:
         logger.info("not in the count of operations: %s", ", ".join(work.not_counted))
     ranks.barrier()
     gemm = measure_gemm(policy.device, policy.dtype)
-    return Gauge(work, gemm, ranks.sum([gemm.flops])[0])
+    return Gauge(work, gemm, ranks.sum([gemm.flops])[0], policy.sharing, policy.scalar)
 
 
 def summary(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:

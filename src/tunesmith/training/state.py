@@ -33,7 +33,7 @@ class Progress:
     seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
-    start_loss: float | None = None
+    start: dict[str, float] | None = None  # validation before the first step
     without_gain: int = 0
     recent_losses: list[float] = field(default_factory=list)
 

@@ -6,10 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 from tunesmith.core.table import Entry, Table
-from tunesmith.core.types import Example, Row
-from tunesmith.data.formats import alpaca, messages, prompt_completion, sharegpt, text
+from tunesmith.core.types import Example, Kind, Row
+from tunesmith.data.formats import (
+    alpaca,
+    labelled,
+    messages,
+    openai_preference,
+    preference,
+    prompt_completion,
+    ranked,
+    sharegpt,
+    steps,
+    text,
+)
 
 ToExample = Callable[[Row, str], Example]
 
@@ -21,23 +33,37 @@ FORMATS: Table[ToExample] = Table(
         "alpaca": Entry(alpaca.to_example, source="Stanford Alpaca: instruction, input, output"),
         "prompt_completion": Entry(prompt_completion.to_example, source="prompt and completion, as text or as messages"),
         "text": Entry(text.to_example, source="running text"),
+        "preference": Entry(preference.to_example, source="prompt, chosen and rejected; whole conversations; Human/Assistant transcripts"),
+        "openai_preference": Entry(openai_preference.to_example, source="OpenAI: input, preferred_output, non_preferred_output"),
+        "ranked": Entry(ranked.to_example, source="prompt, answers and scores or ranks; UltraFeedback"),
+        "labelled": Entry(labelled.to_example, source="prompt, completion and label; messages and label (KTO)"),
+        "steps": Entry(steps.to_example, source="prompt, completions and labels, a step each; Math-Shepherd"),
     },
 )
 
-# The columns each shape reads; any other is noted in the ledger as unused.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": messages.COLUMNS,
-    "sharegpt": sharegpt.COLUMNS,
-    "alpaca": alpaca.COLUMNS,
-    "prompt_completion": prompt_completion.COLUMNS,
-    "text": text.COLUMNS,
+_MODULES: dict[str, ModuleType] = {
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
+    "prompt_completion": prompt_completion,
+    "text": text,
+    "preference": preference,
+    "openai_preference": openai_preference,
+    "ranked": ranked,
+    "labelled": labelled,
+    "steps": steps,
 }
 
+# The columns each shape reads; any other is noted in the ledger as unused.
+COLUMNS: dict[str, tuple[str, ...]] = {name: module.COLUMNS for name, module in _MODULES.items()}
+
 # Does a row have this shape? Looks at names and kinds only, not at whether the content is sound.
-LOOKS_LIKE: dict[str, Callable[[Row], bool]] = {
-    "messages": messages.looks_like,
-    "sharegpt": sharegpt.looks_like,
-    "alpaca": alpaca.looks_like,
-    "prompt_completion": prompt_completion.looks_like,
-    "text": text.looks_like,
+LOOKS_LIKE: dict[str, Callable[[Row], bool]] = {name: module.looks_like for name, module in _MODULES.items()}
+
+# What an objective can learn from rows of each shape.
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt_completion", "text"), "dialogs"),
+    **dict.fromkeys(("preference", "openai_preference", "ranked"), "pairs"),
+    "labelled": "labels",
+    "steps": "steps",
 }

@@ -12,23 +12,28 @@ COLUMNS = ("instruction", "input", "output", "system", "history")
 
 
 def looks_like(row: Row) -> bool:
-    """Has an instruction and an output."""
-    return "instruction" in row and "output" in row
+    """Has an instruction and an output, and no label."""
+    return "instruction" in row and "output" in row and not turns.is_labelled(row)
 
 
 def to_example(row: Row, key: str) -> Dialog:
     """The dialog of a row. Raises DataError naming the field at fault."""
     turns.refuse_media(row, key)
     turns.no_near_miss(row, COLUMNS, key, "")
-    question = turns.string(turns.required(row, "instruction", key), key, "instruction")
-    given = row.get("input")
-    extra = "" if given is None else turns.string(given, key, "input")
+    prompt = read_prompt(row, key)
     output = turns.required(row, "output", key)
     if output is None:
         turns.fail(key, "output", "empty_answer", "the answer is null")
-    whole = "\n".join(part for part in (question, extra) if part.strip())
-    turn = [Message("user", whole), Message("assistant", turns.string(output, key, "output"))]
-    return turns.dialog(turns.led_by_system(row, [*_history(row, key), *turn], key), key)
+    answer = Message("assistant", turns.string(output, key, "output"))
+    return turns.dialog(turns.led_by_system(row, [*prompt, answer], key), key)
+
+
+def read_prompt(row: Row, key: str) -> list[Message]:
+    """The turns before the answer, without the row's own `system`."""
+    question = turns.string(turns.required(row, "instruction", key), key, "instruction")
+    given = row.get("input")
+    extra = "" if given is None else turns.string(given, key, "input")
+    return [*_history(row, key), Message("user", "\n".join(part for part in (question, extra) if part.strip()))]
 
 
 def _history(row: Row, key: str) -> list[Message]:

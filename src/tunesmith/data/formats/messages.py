@@ -25,8 +25,15 @@ TURN = (
 
 
 def looks_like(row: Row) -> bool:
-    """A list of objects with a role."""
-    return any(turns.is_list_with(row.get(name), "role") for name in LISTS)
+    """A list of objects with a role, with neither a label nor two answers beside it."""
+    return not turns.is_labelled(row) and not _asks_for_two(row) and any(turns.is_list_with(row.get(name), "role") for name in LISTS)
+
+
+def _asks_for_two(row: Row) -> bool:
+    # Beside two answers the turns are their prompt, unless they are one of the two conversations once more (UltraFeedback, binarised).
+    found: list[Any] = next((row[name] for name in LISTS if isinstance(row.get(name), list)), [])
+    last = found[-1] if found else None
+    return turns.is_pair(row) and not (isinstance(last, dict) and last.get("role") == "assistant")
 
 
 def to_example(row: Row, key: str) -> Dialog:

@@ -17,8 +17,8 @@ COLUMNS = ("prompt", "completion", "system", "tools")
 
 
 def looks_like(row: Row) -> bool:
-    """Has a prompt and a completion."""
-    return "prompt" in row and "completion" in row
+    """Has a prompt and a completion, and no label."""
+    return "prompt" in row and "completion" in row and not turns.is_labelled(row)
 
 
 def to_example(row: Row, key: str) -> Dialog:

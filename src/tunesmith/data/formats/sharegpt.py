@@ -36,8 +36,8 @@ CALLS = ("function_call", "tool_call")
 
 
 def looks_like(row: Row) -> bool:
-    """A list of objects with a speaker under `from`."""
-    return any(turns.is_list_with(row.get(name), "from") for name in LISTS)
+    """A list of objects with a speaker under `from`, with neither a label nor two answers beside it."""
+    return not turns.is_labelled(row) and not turns.is_pair(row) and any(turns.is_list_with(row.get(name), "from") for name in LISTS)
 
 
 def to_example(row: Row, key: str) -> Dialog:
@@ -46,12 +46,17 @@ def to_example(row: Row, key: str) -> Dialog:
     turns.no_near_miss(row, ASIDE, key, "")
     name = next((name for name in LISTS if name in row), "conversations")
     found = turns.from_json(turns.required(row, name, key), key, name)
-    if not isinstance(found, list):
-        turns.fail(key, name, "not_a_list", f"expected a list of turns, got {str(found)[:80]!r}")
+    return turns.dialog(turns.led_by_system(row, read_turns(found, key, name), key), key, turns.tools_of(row.get("tools"), key))
+
+
+def read_turns(value: Any, key: str, field: str) -> list[Message]:
+    """The turns of a list of objects with `from` and `value`."""
+    if not isinstance(value, list):
+        turns.fail(key, field, "not_a_list", f"expected a list of turns, got {str(value)[:80]!r}")
     messages: list[Message] = []
-    for place, turn in enumerate(found):
-        _add(messages, turn, key, f"{name}[{place}]")
-    return turns.dialog(turns.led_by_system(row, messages, key), key, turns.tools_of(row.get("tools"), key))
+    for place, turn in enumerate(value):
+        _add(messages, turn, key, f"{field}[{place}]")
+    return messages
 
 
 def _add(messages: list[Message], turn: Any, key: str, field: str) -> None:

@@ -16,6 +16,7 @@ from tunesmith.data.readers import parse_json
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_PARTS = ("reasoning", "thinking")
+LABELS = ("label", "kto_tag")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
@@ -42,6 +43,16 @@ def is_list_with(value: Any, word: str) -> bool:
     if isinstance(value, str):
         return value.lstrip().startswith("[") and f'"{word}"' in value
     return isinstance(value, list) and any(isinstance(item, dict) and word in item for item in value)
+
+
+def is_pair(row: Row) -> bool:
+    """Has the row two answers, one preferred to the other?"""
+    return "chosen" in row and "rejected" in row
+
+
+def is_labelled(row: Row) -> bool:
+    """Has the row a yes or no, or a number, for a label? Words are a class, and no verdict on an answer."""
+    return any(name in row and (row[name] is None or isinstance(row[name], bool | int | float)) for name in LABELS)
 
 
 def string(value: Any, key: str, field: str) -> str:

@@ -1,0 +1,177 @@
+"""Log-probabilities of the reference model: worked out once for all rows that a run will see, kept on disk, and proven at the start.
+
+They are those of the model as training begins (or of its base, or of another model), in evaluation mode, so that an epoch costs no
+second forward pass and full fine-tuning needs no second copy of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tunesmith.core.errors import CapacityError, ModelError, RecipeError
+from tunesmith.core.files import atomic_folder, file_hash, write_text
+from tunesmith.core.log import logger
+from tunesmith.core.recipe import Recipe
+from tunesmith.core.types import Tokens, content_hash
+from tunesmith.data import cache
+from tunesmith.data.dataset import TokenSet
+from tunesmith.data.pack import pack
+from tunesmith.evals.likelihood import quiet
+from tunesmith.model.load import check_vocabulary
+from tunesmith.model.policy import Policy, load_policy
+from tunesmith.model.probe import settle_front
+from tunesmith.model.tokenizer import adapter_base, resolve
+from tunesmith.training.parallel import Ranks
+from tunesmith.training.receipt import TOLERANCE, model_hash, precision
+from tunesmith.training.step import Budget
+
+STREAM = "reference"
+FILE, SEAL = "values.npy", "seal.txt"
+CHUNK = 512  # rows scored between two words on progress
+PROOF = 8  # rows that are scored once more before the first step
+
+Floats = npt.NDArray[np.float32]
+
+
+class References:
+    """Scores rows under the reference that a recipe names; made before any weight has moved."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, base_hash: str, tokenizer: Any, budget: Budget, ranks: Ranks) -> None:
+        self._recipe, self._policy, self._budget, self._ranks = recipe, policy, budget, ranks
+        self._tokenizer = tokenizer
+        self._name = recipe.reference.model
+        self._key = {"base": base_hash, "reference": self._name, "dtype": precision(policy)}
+        below = adapter_base(resolve(recipe.model.base))
+        if below is not None:
+            self._key["below"] = model_hash(resolve(below), None)
+        if recipe.model.init == "random":
+            self._key["seed"] = str(recipe.run.seed)
+        if self._name == "base" and not policy.adapted:
+            raise RecipeError(
+                "reference.model: base switches an adapter off, and all weights are trained here",
+                where="reference.model",
+                remedy="use start, or name a model",
+                code="no_adapter",
+            )
+        if self._name not in ("start", "base"):
+            self._key["reference"] = model_hash(resolve(self._name), None)
+
+    def fill(self, rows: TokenSet, wanted: npt.NDArray[np.bool_]) -> TokenSet:
+        """The same rows with the stream "reference" [T] for the `wanted` ones [R], NaN for the others."""
+        path = self._path(rows)
+        values = _read(path, int(rows.lengths.sum())) if path is not None and self._ranks.first else None
+        values = self._ranks.gather(values)[0]
+        if values is None:
+            values = np.full(int(rows.lengths.sum()), np.nan, dtype=np.float32)
+        starts = np.concatenate([[0], np.cumsum(rows.lengths)])
+        missing = [row for row in np.flatnonzero(wanted).tolist() if np.isnan(values[starts[row]])]
+        if not missing:
+            if path is not None:
+                logger.info("reference log-probabilities from the cache: %s", path)
+            return rows.with_stream(STREAM, values)
+        with self._model() as model:
+            self._score(model, rows, missing, starts, values)
+        if path is not None and self._ranks.first:
+            _keep(path, values)
+        return rows.with_stream(STREAM, values)
+
+    def _path(self, rows: TokenSet) -> Path | None:
+        if not self._recipe.reference.cache:
+            return None
+        return cache.root().parent / "reference" / f"{content_hash({**self._key, 'rows': rows.hash})}"
+
+    @contextlib.contextmanager
+    def _model(self) -> Iterator[Policy]:
+        if self._name == "start":
+            yield self._policy
+        elif self._name == "base":
+            with self._policy.adapter_disabled():
+                yield self._policy
+        else:
+            settings = self._recipe.model
+            policy = load_policy(self._name, dtype=settings.dtype, device=str(self._policy.device), fast=settings.fast)
+            check_vocabulary(policy.causal, self._tokenizer)
+            if policy.layout == "packed" and settings.fast.front:
+                settle_front(policy)
+            yield policy
+
+    def _score(self, model: Policy, rows: TokenSet, missing: Sequence[int], starts: npt.NDArray[np.int64], values: Floats) -> None:
+        """Fill in the missing rows; every rank takes its share."""
+        logger.info("log-probabilities of the reference (%s) for %s rows", self._name, f"{len(missing):,}")
+        own = np.zeros_like(values)
+        for first in range(0, len(missing), CHUNK):
+            part = missing[first : first + CHUNK]
+            for row, found in zip(part, logprobs(model, [rows[row] for row in part], self._budget, self._ranks), strict=True):
+                if found is not None:
+                    own[starts[row] : starts[row + 1]] = found
+            if len(missing) > CHUNK:
+                logger.info("reference: %s of %s rows", f"{min(first + CHUNK, len(missing)):,}", f"{len(missing):,}")
+        summed = self._ranks.sum_array(own)
+        for row in missing:
+            values[starts[row] : starts[row + 1]] = summed[starts[row] : starts[row + 1]]
+
+    def prove(self, rows: Sequence[Tokens]) -> float:
+        """How far the policy, before its first step, is from the filled-in reference on the first rows.
+
+        Raises ModelError (reference_differs) where both must be the same: a reference that was taken from somewhere else.
+        """
+        some = list(rows[:PROOF])
+        gaps = [
+            float(np.abs(found - row.streams[STREAM])[row.train != 0].max(initial=0.0))
+            for row, found in zip(some, logprobs(self._policy, some, self._budget, Ranks()), strict=True)
+            if found is not None
+        ]
+        gap, tolerance = max(gaps, default=0.0), TOLERANCE[precision(self._policy)]
+        if self._name == "start" and not gap <= tolerance:
+            raise ModelError(
+                f"before the first step the model and its reference differ: log-probabilities by up to {gap:.3g} of {tolerance:.3g}",
+                where="reference",
+                remedy="set reference.cache: false to score the rows anew; if they differ still, the model gives changing results",
+                code="reference_differs",
+            )
+        logger.info("model and reference (%s) agree to %.1e before the first step", self._name, gap)
+        return gap
+
+
+def logprobs(policy: Policy, rows: Sequence[Tokens], budget: Budget, ranks: Ranks) -> list[Floats | None]:
+    """For every row [T] the log-probabilities of its trained tokens, 0 elsewhere; None for what falls to other ranks."""
+    named = [replace(row, key=str(place)) for place, row in enumerate(rows)]
+    out: list[Floats | None] = [None] * len(rows)
+    batches = pack(named, budget.tokens, sharing=policy.sharing is not None)[ranks.rank :: ranks.world]
+    with quiet(policy), policy.steady():
+        for batch in batches:
+            outputs = policy.score(batch)
+            flat = np.zeros(len(batch), dtype=np.float32)
+            flat[outputs.index.cpu().numpy()] = outputs.logp.float().cpu().numpy()
+            for segment in batch.segments:
+                out[int(segment.key)] = flat[segment.start : segment.stop]
+    return out
+
+
+def _read(folder: Path, size: int) -> Floats | None:
+    """What `_keep` wrote, or None when it is not there, not whole, or another size."""
+    try:
+        if file_hash(folder / FILE) != (folder / SEAL).read_text(encoding="ascii").strip():
+            logger.warning("the reference cache %s is damaged; scoring again", folder)
+            return None
+        values = np.load(folder / FILE, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return values if values.shape == (size,) and values.dtype == np.float32 else None
+
+
+def _keep(folder: Path, values: Floats) -> None:
+    try:
+        with atomic_folder(folder) as aside:
+            np.save(aside / FILE, values, allow_pickle=False)
+            write_text(aside / SEAL, file_hash(aside / FILE) + "\n")
+    except (OSError, CapacityError) as error:
+        # The cache saves time and nothing else: a run must not fail for it.
+        logger.warning("the reference log-probabilities are not kept in the cache: %s", error)

@@ -1,0 +1,238 @@
+"""The laws of training on preferences, labels, steps and rewards: every row of the objective table, all weights and LoRA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from tunesmith.core.load import build
+from tunesmith.core.recipe import Named
+from tunesmith.data.prepare import prepare
+from tunesmith.model.policy import build_policy
+from tunesmith.model.probe import settle_front
+from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.objective import OBJECTIVES, methods, wanted
+from tunesmith.training.parallel import Ranks
+from tunesmith.training.reference import References
+from tunesmith.training.run import train
+from tunesmith.training.sinks import JsonLines
+from tunesmith.training.step import Budget, gradient_step, validate, zero_gradients
+
+KINDS = ["full", "lora"]
+ROWS = [name for name in OBJECTIVES if name != "nll"]
+
+
+def prompt(n):
+    return f"What is {n} plus {n % 7}?" + " Tell me, please." * (n % 5)
+
+
+def write(path: Path, kind: str, count: int, start: int = 0) -> Path:
+    rows = []
+    for n in range(start, start + count):
+        good, bad = f"It is {n + n % 7}." + " Really so." * (n % 4), f"No idea about {n}." + " Go away." * (n % 3)
+        if kind == "pairs":
+            rows.append({"prompt": prompt(n), "chosen": good, "rejected": bad, "margin": n % 3})
+        elif kind == "labels":
+            rows.append({"prompt": prompt(n), "completion": good if n % 3 else bad, "label": bool(n % 3)})
+        else:
+            steps = [f"{n} + {k} = {n + k + (k >= n % 4)}." for k in range(1, 4)]
+            rows.append({"prompt": prompt(n), "completions": steps, "labels": [k < n % 4 for k in range(1, 4)]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def wish(tree, tmp_path):
+    """wish(objective, adapter, ...): a recipe of that objective over rows of the kind that it asks for."""
+
+    def make(name: str, adapter: str, out: str = "run", **more):
+        kind = wanted(methods([Named(name=name)])).kind
+        made = tree(adapter, out, **more)
+        made["objective"] = [{"name": name}]
+        made["data"] = {
+            "train": str(write(tmp_path / f"{kind}.jsonl", kind, 24)),
+            "validation": str(write(tmp_path / "v.jsonl", kind, 6, 100)),
+        }
+        made["reference"] = {"cache": False}
+        return made
+
+    return make
+
+
+@pytest.fixture
+def built(wish):
+    """built(objective, adapter): terms, rows with their reference, and a policy whose every trained weight has moved off its start."""
+
+    def make(name: str, adapter: str, **more):
+        recipe = build(wish(name, adapter, **more)).recipe
+        terms = methods(recipe.objective)
+        needs = {word for term in terms for word in term.needs}
+        tokenizer = load_tokenizer(recipe.model.base)
+        prepared = prepare(recipe, tokenizer, wanted=wanted(terms))
+        policy = build_policy(recipe.model, "cpu", seed=0, **({"head": "score"} if "score" in needs else {}))
+        rows = prepared.train
+        if "reference" in needs:
+            rows = References(recipe, policy, "", tokenizer, Budget(1000), Ranks()).fill(rows, rows.lengths > 0)
+        policy.train_mode(True)
+        with torch.no_grad():
+            for number, parameter in enumerate(policy.parameters_by_name().values()):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
+        return terms, list(rows), policy
+
+    return make
+
+
+def gradients(policy, rows, terms, size, ranks=None):
+    zero_gradients(policy)
+    result = gradient_step(policy, rows, terms, Budget(size), ranks or Ranks())
+    return result, {name: p.grad.clone() for name, p in policy.parameters_by_name().items() if p.grad is not None}
+
+
+def assert_same(found, truth, limit):
+    assert set(found) == set(truth)
+    size = sum(float(g.double().square().sum()) for g in truth.values()) ** 0.5
+    gap = sum(float((found[n] - truth[n]).double().square().sum()) for n in truth) ** 0.5
+    assert gap <= limit * size
+
+
+@pytest.mark.parametrize("adapter", KINDS)
+@pytest.mark.parametrize("name", ROWS)
+def test_micro_batches_layouts_and_fronts_change_nothing(built, name, adapter):
+    """Packed with shared prompts, packed without, padded; in one micro-batch or in many: one loss, one gradient."""
+    terms, rows, policy = built(name, adapter)
+    groups = len({row.group or row.key for row in rows})
+    assert groups == 24
+    truth, expected = gradients(policy, rows, terms, 100_000)
+    assert truth.loss == truth.loss
+    assert any(float(g.abs().max()) > 0 for g in expected.values())
+    if len(rows) > groups:
+        settle_front(policy)
+        assert policy.sharing is not None
+    for size in (1, 700, 100_000):
+        found, slopes = gradients(policy, rows, terms, size)
+        assert found.loss == pytest.approx(truth.loss, abs=2e-6, rel=1e-6)
+        assert found.metrics == pytest.approx(truth.metrics, abs=2e-4, rel=1e-6)
+        assert_same(slopes, expected, 1e-4)
+    assert validate(policy, rows, terms, Budget(700), Ranks()).loss == pytest.approx(truth.loss, abs=2e-6, rel=1e-6)
+    terms, rows, policy = built(name, adapter, way="plain")
+    assert policy.layout == "padded"
+    found, slopes = gradients(policy, rows, terms, 700)
+    assert found.loss == pytest.approx(truth.loss, abs=2e-6, rel=1e-6)
+    assert_same(slopes, expected, 1e-4)
+
+
+def result_of(settings):
+    run = Path(settings["run"]["out"])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return safetensors.torch.load_file(run / "checkpoints/step-000006/weights.safetensors"), metrics
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "aot", "reward", "prm"])
+@pytest.mark.parametrize("adapter", KINDS)
+def test_a_stopped_run_goes_on_bit_for_bit(wish, name, adapter, monkeypatch):
+    settings = {"steps": 6, "save_every": 2, "eval_every": 3, "neftune_alpha": 3.0}
+    whole, cut = (wish(name, adapter, out, **settings) for out in ("whole", "cut"))
+    train(whole)
+    once = JsonLines.write
+
+    def fail(self, step, values):
+        once(self, step, values)
+        if step == 3:
+            raise ConnectionError("the machine is gone")
+
+    monkeypatch.setattr(JsonLines, "write", fail)
+    with pytest.raises(ConnectionError):
+        train(cut)
+    monkeypatch.undo()
+    train(cut)
+    (left, before), (right, after) = result_of(whole), result_of(cut)
+    assert all(torch.equal(left[n], right[n]) for n in left)
+    names = ("step", "loss", "grad_norm", "eval/loss", "accuracy", "eval/accuracy")
+    assert [[row.get(n) for n in names] for row in before] == [[row.get(n) for n in names] for row in after]
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "reward"])
+def test_two_ranks_are_one(wish, name, tmp_path):
+    settings = {"steps": 6, "save_every": 0, "eval_every": 3}
+    one, two = wish(name, "lora", "one", **settings), wish(name, "lora", "two", micro_tokens=64, **settings)
+    train(one)
+    recipe = tmp_path / "two.json"
+    recipe.write_text(json.dumps(two))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tunesmith",
+        "train",
+        str(recipe),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    (left, before), (right, after) = result_of(one), result_of(two)
+    assert any(not torch.equal(left[n], right[n]) for n in left)
+    for name_, value in left.items():
+        torch.testing.assert_close(right[name_], value, atol=5e-5, rtol=1e-3)
+    for a, b in zip(before, after, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a.get("eval/loss") == pytest.approx(b.get("eval/loss"), abs=1e-4)
+
+
+def test_the_reference_is_the_model_at_the_start_also_when_an_adapter_goes_on(wish, tmp_path):
+    """A LoRA that is trained on: its reference is what it was, not the bare base below it."""
+    first = wish("orpo", "lora", "first", steps=6, eval_every=0)
+    train(first)
+    second = wish("dpo", "lora", "second", steps=6, eval_every=3)
+    second["model"]["base"] = str(Path(first["run"]["out"]) / "final")
+    result = train(second)
+    assert result["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    third = {**second, "reference": {"model": "base", "cache": False}, "run": {**second["run"], "out": str(tmp_path / "third")}}
+    assert abs(train(third)["start"]["eval/loss"] - 0.6931471805599453) > 1e-3
+
+
+def test_a_stale_reference_stops_the_run(wish, monkeypatch):
+    from tunesmith.core.errors import ModelError
+    from tunesmith.training import reference
+
+    honest = reference.logprobs
+    monkeypatch.setattr(reference, "_read", lambda path, size: None)
+
+    def wrong(policy, rows, budget, ranks):
+        return [
+            None if found is None else found - 0.5 * (row.train != 0)
+            for found, row in zip(honest(policy, rows, budget, ranks), rows, strict=True)
+        ]
+
+    made = wish("dpo", "lora", steps=2)
+    calls = []
+    monkeypatch.setattr(reference, "logprobs", lambda *a: (calls.append(1), wrong(*a) if len(calls) == 1 else honest(*a))[1])
+    with pytest.raises(ModelError, match=r"model and its reference differ: log-probabilities by up to 0\.5 of"):
+        train(made)
+
+
+def test_the_cache_of_the_reference_is_read_and_a_damaged_one_is_made_again(wish, monkeypatch, tmp_path):
+    from tunesmith.training import reference
+
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    made = wish("dpo", "lora", steps=2, eval_every=0)
+    made["reference"] = {"cache": True}
+    asked = []
+    honest = reference.logprobs
+    monkeypatch.setattr(reference, "logprobs", lambda policy, rows, *rest: (asked.append(len(rows)), honest(policy, rows, *rest))[1])
+    first = train(made)["metrics"]["loss"]
+    used, asked[:] = list(asked), []
+    assert train(made, fresh=True)["metrics"]["loss"] == first
+    assert sum(asked) < sum(used)
+    for file in (tmp_path / "cache" / "reference").rglob("values.npy"):
+        file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
+    asked[:] = []
+    assert train(made, fresh=True)["metrics"]["loss"] == first
+    assert sum(asked) == sum(used)
