@@ -227,7 +227,6 @@ def test_a_score_is_a_label_only_where_labels_are_wanted():
         ({"prompt": "hi", "completion": None, "label": True}, "empty_answer"),
         ({"completion": "yes", "label": True}, "no_prompt"),
         ({"instruction": "hi", "output": None, "label": True}, "empty_answer"),
-        ({"prompt": "hi", "output": "yes", "messages": [], "label": True, "tool": []}, "wrong_key"),
         ({"prompt": "hi", "label": True}, "wrong_key"),
         ({"messages": [user("hi")], "label": True}, "no_assistant"),
         ({"messages": [user("hi"), says("yes"), user("no")], "label": True}, "last_not_assistant"),

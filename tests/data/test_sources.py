@@ -46,12 +46,12 @@ def test_every_container_gives_the_same_rows(write, name, tmp_path):
 
     whole = json.dumps({"data": ROWS} if name == "b.json" else ROWS).encode()
     content = {
-        "a.jsonl.gz": gzip.compress(LINES),
+        "a.jsonl.gz": gzip.compress(LINES, mtime=0),
         # Two frames one after the other, as parallel compressors write them.
         "a.jsonl.zst": b"".join(zstandard.compress(part) for part in LINES.splitlines(keepends=True)),
         "a.ndjson": LINES,
         "c.json": LINES,
-        "a.json.gz": gzip.compress(whole),
+        "a.json.gz": gzip.compress(whole, mtime=0),
     }.get(name, whole)
     path = write(name, content)
     if name == "a.parquet":
@@ -164,7 +164,7 @@ def test_a_ten_megabyte_line_is_read_quickly_and_a_longer_one_than_the_limit_is_
         ("a.json", b'"words"', "not_an_object"),
         ("a.json", b'[{"a": "\xff"}]', "not_utf8"),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "not_utf8"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-12], "broken_archive"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "broken_archive"),
         ("a.jsonl.gz", LINES, "broken_archive"),
         ("a.jsonl.zst", LINES, "broken_archive"),
         ("a.parquet", b"PAR1 no", "broken_parquet"),

@@ -74,7 +74,7 @@ def built(wish):
         needs = {word for term in terms for word in term.needs}
         tokenizer = load_tokenizer(recipe.model.base)
         prepared = prepare(recipe, tokenizer, wanted=wanted(terms))
-        policy = build_policy(recipe.model, "cpu", seed=0, **({"head": "score"} if "score" in needs else {}))
+        policy = build_policy(recipe.model, "cpu", seed=0, head="score" if "score" in needs else "language")
         rows = prepared.train
         if "reference" in needs:
             rows = References(recipe, policy, "", tokenizer, Budget(1000), Ranks()).fill(rows, rows.lengths > 0)

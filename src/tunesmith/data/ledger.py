@@ -134,12 +134,11 @@ class Ledger:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Ledger:
         """The ledger that `as_dict` wrote."""
-        counters = _COUNTERS
         parts = [
             Part(
                 **{
                     **part,
-                    **{name: Counter(part.get(name, {})) for name in counters},
+                    **{name: Counter(part.get(name, {})) for name in _COUNTERS},
                     "reasons": [Reason(**reason) for reason in part["reasons"]],
                 }
             )

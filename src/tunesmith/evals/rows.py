@@ -12,7 +12,8 @@ from typing import Any
 from tunesmith.core.errors import DataError
 from tunesmith.core.recipe import Source
 from tunesmith.core.seed import stream
-from tunesmith.core.types import Dialog, Example, Message, Prompt, Row, content_hash
+from tunesmith.core.types import Dialog, Message, Prompt, Row, Text, content_hash
+from tunesmith.data import formats
 from tunesmith.data.detect import LOOK, detect
 from tunesmith.data.formats import FORMATS, turns
 from tunesmith.data.problem import Problem
@@ -28,7 +29,7 @@ _SHOWN = 10
 class Case:
     """One held-out row; `options` are the texts it offers to choose from, if it does."""
 
-    example: Example
+    example: Dialog | Text
     options: tuple[str, ...] = ()
 
     @property
@@ -108,7 +109,15 @@ def _examples(found: Iterator[Found], source: Source) -> Iterator[Case | Problem
         function = FORMATS.get(detect(head, source)).function
 
         def make(row: Row, key: str) -> Case:
-            return Case(function(row, key))
+            example = function(row, key)
+            if not isinstance(example, Dialog | Text):
+                raise DataError(
+                    "the row holds preferences, labels or steps; evaluation reads dialogs and texts",
+                    where=key,
+                    remedy="score such rows with 'tunesmith score'",
+                    code="wrong_kind",
+                )
+            return Case(example)
 
     for key, row in chain(head, found):
         if isinstance(row, Problem):
@@ -129,7 +138,7 @@ def _choice_case(row: Row, key: str) -> Case:
         turns.fail(key, "choices", "bad_options", "two options are the same, or one is empty")
     right = texts[_right(turns.required(row, "answer", key), texts, key)]
     if "messages" in row:
-        asked = FORMATS.get("messages").function({"messages": [*row["messages"], {"role": "assistant", "content": right}]}, key)
+        asked = formats.messages.to_example({"messages": [*row["messages"], {"role": "assistant", "content": right}]}, key)
         return Case(asked, texts)
     name = next((name for name in ("question", "prompt") if name in row), "question")
     system = [Message("system", turns.string(row["system"], key, "system"))] if row.get("system") else []

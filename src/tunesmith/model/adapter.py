@@ -9,15 +9,19 @@ from torch import nn
 
 from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
+from tunesmith.model import reward
 from tunesmith.model.load import old_names, seeded
+
+_HEAD = frozenset({"base_model.model.score.weight"})
 
 
 def attach(model: Any, settings: recipe.Adapter, *, seed: int, base: str) -> Any:
     """The model with a fresh LoRA adapter in fp32 whose output starts at zero; the base is frozen.
 
-    `base` is recorded as the adapter's base. Raises RecipeError `no_target` for a target that names no linear layer.
+    The head of a reward model is trained whole and is kept in the adapter. `base` is recorded as the adapter's base.
+    Raises RecipeError `no_target` for a target that names no linear layer.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     check_targets(model, settings)
     config = LoraConfig(
@@ -26,12 +30,12 @@ def attach(model: Any, settings: recipe.Adapter, *, seed: int, base: str) -> Any
         lora_dropout=settings.dropout,
         target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
         bias="none",
-        task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, settings),
+        **_task(model),
     )
     try:
-        with seeded(seed, "adapter"), old_names():
-            wrapped = get_peft_model(model, config)
+        with seeded(seed, "adapter"):
+            wrapped = _put_on(model, config)
     except ValueError as error:
         raise RecipeError(
             f"PEFT cannot put an adapter here: {' '.join(str(error).split())[:300]}",
@@ -43,14 +47,34 @@ def attach(model: Any, settings: recipe.Adapter, *, seed: int, base: str) -> Any
     return wrapped
 
 
+def _task(model: Any) -> dict[str, Any]:
+    """What PEFT has to know of the head: a score head is trained whole."""
+    return {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if reward.is_scalar(model) else {"task_type": "CAUSAL_LM"}
+
+
+def _put_on(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    with old_names():
+        wrapped = get_peft_model(model, config)
+    if reward.is_scalar(model):
+        # PEFT lists every name that a head may have; what is saved should name the one there is.
+        wrapped.peft_config["default"].modules_to_save = ["score"]
+    return wrapped
+
+
 def read(model: Any, folder: str, *, training: bool) -> Any:
-    """The model with the adapter of `folder` on it. Raises ModelError `bad_adapter` when keys are missing, unknown or not finite."""
+    """The model with the adapter of `folder` on it, which a language model's adapter carries over to a reward model.
+
+    Raises ModelError `bad_adapter` when keys are missing, unknown or not finite.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    carried = reward.is_scalar(model) and reward.head_of(folder) == "language"
     try:
         with old_names():
-            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=training)
+            wrapped = _carried_over(model, folder) if carried else PeftModel.from_pretrained(model, folder, is_trainable=training)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"the adapter cannot be read: {' '.join(str(error).split())[:300]}",
@@ -58,18 +82,34 @@ def read(model: Any, folder: str, *, training: bool) -> Any:
             remedy="use the base it was made for",
             code="bad_adapter",
         ) from error
-    _check_keys(wrapped, folder)
+    _check_keys(wrapped, folder, missing=_HEAD if carried else frozenset())
+    if reward.is_scalar(model):
+        wrapped.peft_config["default"].modules_to_save = ["score"]
     return wrapped
 
 
-def _check_keys(wrapped: Any, folder: str) -> None:
-    """PEFT fills absent tensors with fresh ones: that must not pass unseen."""
+def _carried_over(model: Any, folder: str) -> Any:
+    """A language model's adapter on the base of a reward model, to be trained on beside the head."""
+    from peft import PeftConfig, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = PeftConfig.from_pretrained(folder)
+    config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+    config.inference_mode = False
+    head = dict.fromkeys(_HEAD, model.score.weight.detach().clone())
+    wrapped = _put_on(model, config)
+    set_peft_model_state_dict(wrapped, load_peft_weights(folder, device="cpu") | head)
+    return wrapped
+
+
+def _check_keys(wrapped: Any, folder: str, missing: frozenset[str]) -> None:
+    """PEFT fills absent tensors with fresh ones: that must not pass unseen, but for those that are known to be `missing`."""
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     stored = load_peft_weights(folder, device="cpu")
     ours = get_peft_model_state_dict(wrapped)
-    odd = sorted(set(stored) ^ set(ours)) or [name for name, t in stored.items() if not bool(torch.isfinite(t).all())]
+    odd = sorted((set(stored) ^ set(ours)) - missing) or [name for name, t in stored.items() if not bool(torch.isfinite(t).all())]
     if odd:
         raise ModelError(
             f"the adapter does not fit its base: {len(odd)} tensors are missing, unknown or not finite, e.g. {', '.join(odd[:3])}",
@@ -80,10 +120,10 @@ def _check_keys(wrapped: Any, folder: str) -> None:
 
 
 def linear_names(model: nn.Module) -> dict[str, nn.Module]:
-    """The full names of all linear layers but the output head."""
+    """The full names of all linear layers but the output or score head."""
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.score if reward.is_scalar(model) else model.get_output_embeddings()  # type: ignore[operator]
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
 
 

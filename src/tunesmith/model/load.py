@@ -17,6 +17,7 @@ from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError
 from tunesmith.core.log import logger
 from tunesmith.core.seed import seed_of
+from tunesmith.model import reward
 from tunesmith.model.tokenizer import adapter_base, demand_reachable, load_tokenizer, no_model, resolve
 
 __all__ = ["check_vocabulary", "choose_device", "choose_dtype", "load_base", "load_tokenizer", "resolve", "seeded"]
@@ -97,13 +98,14 @@ class _Seeded:
         self._fork.__exit__(*what)
 
 
-def load_base(settings: recipe.Model, device: torch.device | str, *, training: bool, seed: int = 0) -> Any:
+def load_base(settings: recipe.Model, device: torch.device | str, *, training: bool, seed: int = 0, head: reward.Head = "language") -> Any:
     """The transformers model a recipe names, in eval mode on `device`, with every weight present and finite.
 
-    Trained weights are held in fp32 (a base trained whole in bf16 runs under autocast); a frozen base is held in `dtype`.
-    An adapter folder as base gives its base with the adapter merged in.
+    Trained weights are held in fp32 (a base trained whole in bf16 runs under autocast); a frozen base is held in `dtype`, a score
+    head in fp32. An adapter folder as base gives its base with the adapter merged in. With `head` "score" a language model gets a fresh
+    head drawn from `seed` in place of its output layer, and a reward model keeps its own.
     Raises ModelError: `no_model`, `bad_weights` (unreadable or of another shape), `missing_weights`, `unexpected_weights`,
-    `nan_weights` (naming the tensor).
+    `nan_weights` (naming the tensor), `no_language_head` (a reward model asked for words), `no_reward_class`.
     """
     device = choose_device(device) if isinstance(device, str) else device
     dtype = choose_dtype(settings.dtype, device)
@@ -114,12 +116,17 @@ def load_base(settings: recipe.Model, device: torch.device | str, *, training: b
     if settings.init == "random":
         model = _random(place, settings.revision, dtype, seed)
     else:
+        reward.demand_head(place, head, settings.revision)
         below = adapter_base(place)
         demand_reachable(below or place)
         model = _weights(below or place, settings.revision if below is None else None, dtype)
         if below is not None:
+            if reward.head_of(place) == "score" and not reward.is_scalar(model):
+                model = reward.with_head(model, seed)  # the adapter brings a head of its own
             model = _merge(model, place)
         check_finite(model)
+    if head == "score":
+        model = reward.settled(model) if reward.is_scalar(model) else reward.with_head(model, seed)
     model.config.use_cache = True
     return model.to(device).eval()
 
@@ -136,11 +143,14 @@ def _random(place: str, revision: str | None, dtype: torch.dtype, seed: int) -> 
 
 
 def _weights(place: str, revision: str | None, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        kind: Any = AutoModelForCausalLM
+        if reward.head_of(place, revision) == "score":
+            kind = reward.reward_class(AutoConfig.from_pretrained(place, revision=revision))
         with without_bars(place):
-            model, info = AutoModelForCausalLM.from_pretrained(place, revision=revision, dtype=dtype, output_loading_info=True)
+            model, info = kind.from_pretrained(place, revision=revision, dtype=dtype, output_loading_info=True)
     except (RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the weights cannot be loaded: {_short(error)}", where=place, remedy="fetch or save the model again", code="bad_weights"

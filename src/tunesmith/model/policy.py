@@ -17,7 +17,7 @@ from tunesmith.core.files import read_json, write_json
 from tunesmith.core.log import logger
 from tunesmith.core.types import Batch, Outputs
 from tunesmith.model import adapter as adapters
-from tunesmith.model import attention, fuse, gradients, memory
+from tunesmith.model import attention, fuse, gradients, memory, reward
 from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.copies import Copies
 from tunesmith.model.float8 import demand_device
@@ -50,7 +50,7 @@ class Policy:
         self.lora: Literal["fused", "plain"] = "plain"
         self.layers: Literal["fused", "plain"] = "plain"
         self.sharing: Sharing | None = None
-        self.scalar = type(self.causal).__name__.endswith("ForSequenceClassification")
+        self.scalar = reward.is_scalar(self.causal)
         self.side: Literal["left", "right"] = "right"
         self.notes: list[str] = []
         self.head_form = HeadForm()
@@ -81,11 +81,7 @@ class Policy:
         The result does not depend on the layout. Raises BugError for a trained first token or an id outside the vocabulary.
         """
         if self.scalar:
-            raise ModelError(
-                "this is a reward model: it scores answers and gives no log-probabilities",
-                remedy="name a language model; 'tunesmith score' is for reward models",
-                code="no_language_head",
-            )
+            raise reward.no_language_head()
         values, index, train, row = self._read(batch, "before", lambda one: self._logprobs(one, batch))
         return Outputs(values, index, train, row)
 
@@ -95,11 +91,7 @@ class Policy:
         The result does not depend on the layout. Raises ModelError `no_score_head` for a language model.
         """
         if not self.scalar:
-            raise ModelError(
-                "this is a language model: it has no head that scores answers",
-                remedy="name a reward model, or train one with objective: reward",
-                code="no_score_head",
-            )
+            raise reward.no_score_head()
         values, index, train, row = self._read(batch, "at", self._scores)
         return Outputs(values[:0], index, train, row, values)
 
@@ -198,7 +190,12 @@ class Policy:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Any]:
-        """The model with its own attention, in eval mode, for `generate`; what was set before comes back afterwards."""
+        """The model with its own attention, in eval mode, for `generate`; what was set before comes back afterwards.
+
+        Raises ModelError `no_language_head` for a reward model.
+        """
+        if self.scalar:
+            raise reward.no_language_head()
         was_training = self.model.training
         self.use_attention(self.own_attention)
         self.model.eval()
@@ -357,11 +354,12 @@ def checkpointing_layers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bool = True) -> Policy:
+def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bool = True, head: reward.Head = "language") -> Policy:
     """Load the base, put the adapter on, choose the fast paths and prove them.
 
     A base that is itself an adapter folder goes on training that adapter when the recipe asks for one of the same shape;
-    without an adapter it is merged in and all weights are trained. Raises ModelError and RecipeError as `load_base` and `attach`.
+    without an adapter it is merged in and all weights are trained. With `head` "score" it is a reward model, whose head is drawn from
+    `seed` unless the base is a reward model already. Raises ModelError and RecipeError as `load_base` and `attach`.
     """
     from tunesmith.model.probe import settle
 
@@ -373,13 +371,14 @@ def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bo
     place = resolve(settings.base)
     below = adapter_base(place)
     if settings.adapter is None:
-        model = load_base(settings, spot, training=training, seed=seed)
+        model = load_base(settings, spot, training=training, seed=seed, head=head)
         model.requires_grad_(training)
     elif below is None:
-        model = load_base(settings, spot, training=training, seed=seed)
+        model = load_base(settings, spot, training=training, seed=seed, head=head)
         model = adapters.attach(model, settings.adapter, seed=seed, base=place)
     else:
-        model = load_base(settings.model_copy(update={"base": below, "revision": None}), spot, training=training, seed=seed)
+        reward.demand_head(place, head)
+        model = load_base(settings.model_copy(update={"base": below, "revision": None}), spot, training=training, seed=seed, head=head)
         model = adapters.read(model, place, training=training)
         adapters.check_same(model, settings.adapter, place)
     model.eval()
@@ -406,7 +405,7 @@ def load_policy(
     device: str = "auto",
     fast: recipe.Fast | None = None,
 ) -> Policy:
-    """A model to score or sample with, nothing trained: hub id, folder, run folder, adapter folder, or 'pocket'.
+    """A model to score, sample or rate with, nothing trained: hub id, folder, run folder, adapter folder, or 'pocket'.
 
     `adapter` puts an adapter folder (or a run folder) on top of the model named first.
     """
@@ -422,7 +421,7 @@ def load_policy(
         place, on_top = resolve(below), place
     if on_top is not None and adapter_base(on_top) is None:
         raise ModelError("this is a whole model, not an adapter", where=on_top, remedy="give it as the model", code="bad_adapter")
-    model = load_base(recipe.Model(base=place, dtype=dtype), spot, training=False)
+    model = load_base(recipe.Model(base=place, dtype=dtype), spot, training=False, head=reward.head_of(on_top or place))
     if on_top is not None:
         model = adapters.read(model, on_top, training=False)
     model.requires_grad_(False).eval()

@@ -40,7 +40,9 @@ def settle(policy: Policy, fast: Fast) -> None:
         truth = _one_by_one(policy, batch)
         if fast.packed:
             _settle_layout(policy, batch, truth)
-        if fast.head:
+        if policy.scalar:
+            policy.head = "fast"  # no logits are ever made
+        elif fast.head:
             _settle_head(policy, batch, truth)
         if fast.lora and policy.adapted:
             _settle_lora(policy, batch)
@@ -63,7 +65,7 @@ def probe_batch(causal: Any, vocabulary: int) -> Batch:
 
 def _one_by_one(policy: Policy, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return torch.cat([policy.score(_alone(batch, s)).logp for s in batch.segments])
+        return torch.cat([numbers(policy, _alone(batch, s)) for s in batch.segments])
 
 
 def _alone(batch: Batch, segment: Segment) -> Batch:
@@ -83,7 +85,7 @@ def _differs(policy: Policy, batch: Batch, truth: Tensor) -> float:
     In bf16 the mean: a router on the edge between two experts may fall either way by rounding and move single tokens far.
     """
     with torch.no_grad():
-        gaps = (policy.score(batch).logp - truth).abs()
+        gaps = (numbers(policy, batch) - truth).abs()
     return float(gaps.mean() if policy.dtype == torch.bfloat16 else gaps.max())
 
 
@@ -179,7 +181,7 @@ def _settle_head(policy: Policy, batch: Batch, truth: Tensor) -> None:
 def _settle_lora(policy: Policy, batch: Batch) -> None:
     with noisy(policy):
         with torch.no_grad():
-            plain = policy.score(batch).logp
+            plain = numbers(policy, batch)
         fused = lora.fuse(policy.model)
         difference = _differs(policy, batch, plain)
     if not fused or not difference <= tolerance(policy, plain):
@@ -262,15 +264,15 @@ def numbers(policy: Policy, batch: Batch) -> Tensor:
 
 
 def graded(policy: Policy, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
-    """Log-probabilities, and the gradient of a sum of them with fixed weights in every trained weight but embeddings and head."""
-    ends = {id(end.weight) for end in (policy.causal.get_input_embeddings(), policy.causal.get_output_embeddings())}
+    """Log-probabilities or scores, and the gradient of a sum of them with fixed weights in every trained weight but embeddings and head."""
+    ends = {id(end.weight) for end in (policy.causal.get_input_embeddings(), policy.causal.get_output_embeddings()) if end is not None}
     weights = [p for p in policy.parameters_by_name().values() if id(p) not in ends]
     with torch.enable_grad():
-        logp = policy.score(batch).logp
+        values = numbers(policy, batch)
         if not weights:
-            return logp.detach(), []
-        mixed = (logp * torch.linspace(-1, 1, len(logp), device=logp.device)).sum()
-        return logp.detach(), list(torch.autograd.grad(mixed, weights, allow_unused=True))
+            return values.detach(), []
+        mixed = (values * torch.linspace(-1, 1, len(values), device=values.device)).sum()
+        return values.detach(), list(torch.autograd.grad(mixed, weights, allow_unused=True))
 
 
 def distance(ours: list[Tensor | None], theirs: list[Tensor | None]) -> float:

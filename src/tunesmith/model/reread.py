@@ -8,18 +8,47 @@ from typing import Any
 
 import torch
 
+from tunesmith.model import reward
 from tunesmith.model.load import old_names, without_bars
+from tunesmith.model.tokenizer import adapter_base
 
 
 def load_plain(folder: Path, dtype: str, device: str) -> Any:
-    """The model in `folder` (a full model or a PEFT adapter), in evaluation mode."""
+    """The model in `folder` (a full model or a PEFT adapter, with a head for words or for scores), in evaluation mode."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    kind = AutoPeftModelForCausalLM if (folder / "adapter_config.json").exists() else AutoModelForCausalLM
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    adapted = adapter_base(str(folder)) is not None
     with without_bars(folder), old_names():
-        model = kind.from_pretrained(str(folder), dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+        if reward.head_of(str(folder)) == "score":
+            model = _rewarding(folder, precision)
+        else:
+            model = (AutoPeftModelForCausalLM if adapted else AutoModelForCausalLM).from_pretrained(str(folder), dtype=precision)
     return model.to(device).eval()
+
+
+def _rewarding(folder: Path, precision: torch.dtype) -> Any:
+    """A reward model; where transformers has no class for its architecture, the one that it was trained in."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    below = adapter_base(str(folder))
+    place = below or str(folder)
+    config = AutoConfig.from_pretrained(place, num_labels=1)
+    known = type(config) in AutoModelForSequenceClassification._model_mapping
+    kind = AutoModelForSequenceClassification if known else reward.reward_class(config)
+    model = kind.from_pretrained(place, config=config, dtype=precision)
+    return model if below is None else PeftModel.from_pretrained(model, str(folder))
+
+
+@torch.no_grad()
+def plain_scores(model: Any, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The score that a reward model itself reads at the end of each row cut behind each of its places, one at a time."""
+    return [
+        [float(model(input_ids=torch.tensor([list(row[: place + 1])], device=model.device)).logits[0, 0]) for place in own]
+        for row, own in zip(rows, places, strict=True)
+    ]
 
 
 @torch.no_grad()

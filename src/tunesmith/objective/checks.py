@@ -7,37 +7,57 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from tunesmith.core.errors import RecipeError, did_you_mean
-from tunesmith.objective.rows import Divergence, Lengths
+from tunesmith.objective.shape import Divergence, Lengths
 
-WORDS: dict[str, tuple[str, ...]] = {"lengths": get_args(Lengths), "divergence": get_args(Divergence)}
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "beta": (lambda value: value > 0, "above 0"),
-    "tau": (lambda value: value > 0, "above 0"),
-    "gamma": (lambda value: value >= 0, "at least 0"),
-    "alpha": (lambda value: value >= 0, "at least 0"),
-    "centre": (lambda value: value >= 0, "at least 0"),
-    "label_smoothing": (lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"),
-    "ld_alpha": (lambda value: 0 <= value <= 1, "in 0..1"),
-    "divergence_alpha": (lambda value: 0 <= value <= 1, "in 0..1"),
-    "desirable_weight": (lambda value: value > 0, "above 0"),
-    "undesirable_weight": (lambda value: value > 0, "above 0"),
+Range = tuple[Callable[[float], bool], str]
+POSITIVE: Range = (lambda value: value > 0, "above 0")
+NOT_NEGATIVE: Range = (lambda value: value >= 0, "of at least 0")
+SHARE: Range = (lambda value: 0 <= value <= 1, "from 0 to 1")
+RANGES: dict[str, Range] = {
+    "beta": POSITIVE,
+    "tau": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "gamma": NOT_NEGATIVE,
+    "centre": NOT_NEGATIVE,
+    "nll_weight": NOT_NEGATIVE,
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "of at least 0 and below 0.5"),
+    "ld_alpha": SHARE,
+    "alpha_coefficient": SHARE,
+    "desirable_weight": POSITIVE,
+    "undesirable_weight": POSITIVE,
+    "shift": (lambda _value: True, ""),
 }
+# exo takes the logarithm of its smoothing.
+OF_ONE: dict[tuple[str, str], Range] = {("exo", "label_smoothing"): (lambda value: 0 < value < 0.5, "above 0 and below 0.5")}
+# Settings that are read only where another has a certain value.
+ONLY_WITH = {"ld_alpha": ("lengths", "desensitised"), "alpha_coefficient": ("divergence", "alpha")}
 
 
-def check_values(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
-    """Raise RecipeError (bad_value) for the first setting whose value makes no sense."""
-    for name, value in given.items():
-        if name in WORDS:
-            if value not in WORDS[name]:
-                hint = did_you_mean(value, WORDS[name]) if isinstance(value, str) else ""
-                _refuse(name, value, f"one of {', '.join(WORDS[name])}{hint}", where)
+def check_values(name: str, known: Mapping[str, Any], given: Mapping[str, Any], where: str, lengths: tuple[str, ...] = ()) -> None:
+    """Raise RecipeError for the first setting of objective `name` that makes no sense (bad_value) or is not read (unread_setting).
+
+    `known` are all its settings with their defaults, `lengths` the values that its own `lengths` may have.
+    """
+    words = {"lengths": lengths or get_args(Lengths), "divergence": get_args(Divergence)}
+    for setting, value in given.items():
+        if setting in words:
+            if value not in words[setting]:
+                near = did_you_mean(value, words[setting]) if isinstance(value, str) else ""
+                _refuse(f"objective '{name}' has no {setting} '{value}'{near}", setting, f"use one of: {', '.join(words[setting])}", where)
+        elif value is None and known[setting] is None:
             continue
-        allowed, words = RANGES.get(name, (lambda _value: True, "a number"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not allowed(value):
-            _refuse(name, value, f"a number {words}" if name in RANGES else words, where)
-    if given.get("label_smoothing") == 0 and known.get("label_smoothing") == 1e-3:
-        _refuse("label_smoothing", 0, "a number above 0: exo takes its logarithm", where)
+        else:
+            allowed, range_ = OF_ONE.get((name, setting)) or RANGES[setting]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not allowed(value):
+                _refuse(f"{setting} of objective '{name}' is {value!r}", setting, f"give a number {range_}".rstrip(), where)
+    for setting, (other, needed) in ONLY_WITH.items():
+        if setting in given and given.get(other, known[other]) != needed:
+            raise RecipeError(
+                f"{setting} is not read unless {other} is {needed}",
+                where=f"{where}.{setting}",
+                remedy=f"set {other}: {needed}, or leave {setting} out",
+                code="unread_setting",
+            )
 
 
-def _refuse(name: str, value: Any, words: str, where: str) -> None:
-    raise RecipeError(f"{name} is {value!r}", where=f"{where}.{name}", remedy=f"give {words}", code="bad_value")
+def _refuse(message: str, setting: str, remedy: str, where: str) -> None:
+    raise RecipeError(message, where=f"{where}.{setting}", remedy=remedy, code="bad_value")

@@ -1,4 +1,7 @@
-"""Losses over answers with a label of their own, good or bad; both need all rows of the optimizer step at once."""
+"""Losses over answers with a label of their own, good or bad: each takes the Labels of a whole step and gives one loss [n] an answer.
+
+h = log pi(y) - log reference(y) is an answer's log-ratio; sigma is the logistic function.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.errors import BugError
-from tunesmith.objective.rows import Rows
-
-MISMATCHED = "mismatched"
+from tunesmith.objective.rows import Labels
 
 
-def kto(
-    rows: Rows, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> tuple[Tensor, dict[str, tuple[float, float]]]:
-    """Kahneman-Tversky optimisation: weight_D (1 - sigma(beta ratio - z)) and weight_U (1 - sigma(z - beta ratio)).
+def kto(labels: Labels, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
+    """Kahneman-Tversky optimisation: weight_D (1 - sigma(beta (h - z))) for good answers, weight_U (1 - sigma(beta (z - h))) for bad ones.
 
-    z = beta max(0, mean ratio of mismatched answers) estimates beta KL(pi || reference) over the whole step, without gradient.
-    Ethayarajh 2024, arXiv:2402.01306, equations 7 and 8. Raises BugError without mismatched rows.
+    z = max(0, mean h of the step's mismatched answers) estimates the KL divergence from the reference, without gradient.
+    Ethayarajh 2024, arXiv:2402.01306, equation 8. Raises BugError without mismatched answers.
     """
-    others = rows.of(MISMATCHED)
-    if not len(others):
-        raise BugError("KTO came without mismatched answers to estimate the KL divergence from", where="objective.kto")
-    divergence = (others.logp - others.reference).detach().mean().clamp_min(0)
-    good, bad = rows.of("desirable"), rows.of("undesirable")
-    losses = torch.cat([
-        desirable_weight * torch.sigmoid(beta * (divergence - (good.logp - good.reference))),
-        undesirable_weight * torch.sigmoid(beta * ((bad.logp - bad.reference) - divergence)),
-    ])  # fmt: skip
-    return losses, {"kl": (float(divergence), 1.0)}
+    signed = torch.where(labels.desirable, 1.0, -1.0) * (labels.ratio - kl(labels))
+    weights = torch.where(labels.desirable, desirable_weight, undesirable_weight).double()
+    return weights * torch.sigmoid(-beta * signed)
 
 
-def bco(rows: Rows, *, beta: float = 0.1) -> tuple[Tensor, dict[str, tuple[float, float]]]:
-    """Binary classifier optimisation: -log sigma(r - d) for good answers, -log sigma(d - r) for bad ones.
+def kl(labels: Labels) -> Tensor:
+    """KTO's estimate of KL(policy, reference): the mean log-ratio of the mismatched answers, at least 0."""
+    if not len(labels.mismatched):
+        raise BugError("no mismatched answer is there to estimate the KL divergence from", where="objective.kto", code="no_mismatched")
+    return labels.mismatched.mean().clamp_min(0)
 
-    d is half the sum of their mean rewards over the whole step, without gradient. Jung 2024, arXiv:2404.04656, equations 11 and 12.
+
+def bco(labels: Labels, *, beta: float = 0.1) -> Tensor:
+    """Binary classifier optimisation: -log sigma(beta h - d) for good answers, -log sigma(d - beta h) for bad ones.
+
+    The reward shift d is half the sum of the mean rewards of good and of bad answers in the step, without gradient. Jung 2024,
+    arXiv:2404.04656; the paper keeps a running mean over steps. A step with one kind of answer takes the mean of that kind.
     """
-    good, bad = (beta * (part.logp - part.reference) for part in (rows.of("desirable"), rows.of("undesirable")))
-    means = [part.detach().mean() for part in (good, bad) if len(part)]
-    shift = torch.stack(means).mean()
-    return torch.cat([-F.logsigmoid(good - shift), -F.logsigmoid(shift - bad)]), {"reward_shift": (float(shift), 1.0)}
+    rewards = beta * labels.ratio
+    means = [rewards.detach()[chosen].mean() for chosen in (labels.desirable, ~labels.desirable) if bool(chosen.any())]
+    signed = torch.where(labels.desirable, 1.0, -1.0) * (rewards - torch.stack(means).mean())
+    return -F.logsigmoid(signed)
 
 
 def balanced_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """The range of desirable_weight, with undesirable_weight 1, that makes (weight_D n_D) / (weight_U n_U) lie in 1 to 4/3.
+    """The range of desirable_weight / undesirable_weight that makes (weight_D n_D) / (weight_U n_U) lie in 1 to 4/3.
 
-    Ethayarajh 2024, equation 9.
+    For these numbers of good and bad answers. Ethayarajh 2024, arXiv:2402.01306, section 4.2.
     """
-    ratio = undesirable / desirable
-    return ratio, 4 / 3 * ratio
+    if desirable < 1 or undesirable < 1:
+        raise ValueError(f"both kinds of answers are needed to balance them, not {desirable} and {undesirable}")
+    return undesirable / desirable, 4 / 3 * undesirable / desirable

@@ -1,4 +1,4 @@
-"""Losses over what a reward head reads: pairs of scores, scores with a value, and the steps of a solution."""
+"""Losses over what a reward head reads: pairs of scores, scores with a value, and the steps of a solution. s is a score."""
 
 from __future__ import annotations
 
@@ -6,74 +6,93 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.core.errors import BugError
+from tunesmith.core.errors import BugError, DataError
 from tunesmith.core.types import Batch, Loss, Outputs
-
-
-def scores_of(outputs: Outputs) -> Tensor:
-    """The scores [K] in fp64. Raises BugError when a language model spoke."""
-    if outputs.score is None:
-        raise BugError("a reward objective met a model without a score head", where="objective")
-    return outputs.score.double()
-
-
-def stream(outputs: Outputs, batch: Batch, name: str) -> Tensor:
-    """A stream of the batch [K] at the scored positions."""
-    return torch.from_numpy(batch.streams[name]).to(outputs.index.device)[outputs.index].double()
+from tunesmith.objective.rows import match, sums, values_of
+from tunesmith.objective.sequences import read, right
 
 
 def reward(outputs: Outputs, batch: Batch, *, centre: float = 0.0) -> Loss:
-    """Bradley-Terry: -log sigma(s_w - s_l - margin) + centre (s_w + s_l)^2, over pairs.
+    """Bradley-Terry over pairs: -log sigma(s_w - s_l - margin) + centre (s_w + s_l)^2.
 
-    Bradley 1952; margin: Touvron 2023, arXiv:2307.09288, equation 2; centring: Eisenstein 2023, arXiv:2312.09244, section 2.
+    margin is the row's (stream "margin", 0 without one). Bradley 1952; Stiennon 2020, arXiv:2009.01325, equation 1; margin: Touvron
+    2023, arXiv:2307.09288, equation 2; centring: Eisenstein 2023, arXiv:2312.09244, equation 2, 0.01 in TRL's advice.
     """
-    scores = scores_of(outputs)
-    sides: dict[str, dict[str, int]] = {"chosen": {}, "rejected": {}}
-    for place, row in enumerate(outputs.row.tolist()):
-        segment = batch.segments[row]
-        if segment.role not in sides or segment.group in sides[segment.role]:
-            raise BugError(f"a row of role '{segment.role}' stands where pairs are needed", where=segment.key)
-        sides[segment.role][segment.group] = place
-    if sides["chosen"].keys() != sides["rejected"].keys():
-        raise BugError("a pair was torn apart", where=batch.segments[0].key)
-    order = list(sides["chosen"])
-    first, second = (torch.tensor([sides[role][group] for group in order], device=scores.device) for role in ("chosen", "rejected"))
-    chosen, rejected = scores[first], scores[second]
-    margin = stream(outputs, batch, "margin")[first] if "margin" in batch.streams else torch.zeros_like(chosen)
-    losses = -F.logsigmoid(chosen - rejected - margin) + centre * (chosen + rejected).square()
-    gap = (chosen - rejected).detach()
-    n = float(len(order))
-    right = float((gap > 0).double().sum() + 0.5 * (gap == 0).double().sum())
-    metrics = {"accuracy": (right, n), "score_margin": (float(gap.sum()), n), "score_mean": (float(scores.detach().sum()), 2 * n)}
-    return Loss(losses.sum(), "pairs", metrics)
+    scores = _one_a_row(_scores(outputs), outputs, batch)
+    places = match([segment.role for segment in batch.segments], [segment.group for segment in batch.segments])
+    chosen, rejected = (torch.tensor(side, device=scores.device) for side in places)
+    gap, total = scores[chosen] - scores[rejected], scores[chosen] + scores[rejected]
+    margin = _one_a_row(values_of("margin", outputs, batch), outputs, batch)[chosen] if "margin" in batch.streams else 0.0
+    losses = -F.logsigmoid(gap - margin) + centre * total.square()
+    n = float(len(gap))
+    return Loss(
+        losses.sum(),
+        "pairs",
+        read({"accuracy": (right(gap), n), "score_margin": (gap.sum(), n), "score_mean": (scores.sum(), 2 * n)}),
+    )
 
 
 def reward_regression(outputs: Outputs, batch: Batch) -> Loss:
-    """Squared error to the row's value: (s - y)^2, over rows (Wang 2024, arXiv:2406.08673, for regression rewards)."""
-    scores, values = scores_of(outputs), stream(outputs, batch, "value")
-    error = (scores - values).detach().abs()
-    return Loss((scores - values).square().sum(), "sequences", {"absolute_error": (float(error.sum()), float(len(scores)))})
+    """Squared error to the row's value y: (s - y)^2.
+
+    Wang 2024, arXiv:2406.08673, for rewards by regression.
+    """
+    scores = _one_a_row(_scores(outputs), outputs, batch)
+    error = scores - _one_a_row(values_of("value", outputs, batch), outputs, batch)
+    n = float(len(scores))
+    return Loss(error.square().sum(), "sequences", read({"absolute_error": (error.abs().sum(), n), "score_mean": (scores.sum(), n)}))
 
 
 def reward_classes(outputs: Outputs, batch: Batch) -> Loss:
-    """Binary cross-entropy of sigma(s) against the row's value in 0..1, over rows (Cobbe 2021, arXiv:2110.14168, for verifiers)."""
-    scores, values = scores_of(outputs), stream(outputs, batch, "value")
-    return Loss(_cross_entropy(scores, values), "sequences", _right(scores, values))
+    """Binary cross-entropy to the row's value y in 0..1: -y log sigma(s) - (1 - y) log sigma(-s).
+
+    Cobbe 2021, arXiv:2110.14168, section 4.2, for verifiers.
+    """
+    _demand_shares(batch)
+    scores = _one_a_row(_scores(outputs), outputs, batch)
+    values = _one_a_row(values_of("value", outputs, batch), outputs, batch)
+    n = float(len(scores))
+    accuracy = right(scores * (values - 0.5).sign()), n
+    return Loss(_cross_entropy(scores, values).sum(), "sequences", read({"accuracy": accuracy, "score_mean": (scores.sum(), n)}))
 
 
 def prm(outputs: Outputs, batch: Batch) -> Loss:
-    """Binary cross-entropy at the end of every step: sigma(s) says that the solution is right so far.
+    """Process reward: binary cross-entropy at the end of every step, sigma(s) the chance that the solution is right so far.
 
-    Lightman 2023, arXiv:2305.20050, section 2.6; over all steps of the optimizer step alike.
+    Lightman 2023, arXiv:2305.20050, section 2.6, with value 1 for right and 0 for wrong. Each step counts alike (count "tokens").
     """
-    scores, values = scores_of(outputs), stream(outputs, batch, "value")
-    return Loss(_cross_entropy(scores, values), "tokens", _right(scores, values))
+    _demand_shares(batch)
+    scores, values, weights = _scores(outputs), values_of("value", outputs, batch), outputs.train.double()
+    correct = (scores.detach() * (values - 0.5).sign()).sign()
+    metrics = read({"accuracy": ((correct + 1).sum() / 2, float(len(scores)))})
+    return Loss((weights * _cross_entropy(scores, values)).sum(), "tokens", metrics)
+
+
+def _scores(outputs: Outputs) -> Tensor:
+    if outputs.score is None:
+        raise BugError("a reward objective met a model without a score head", where="objective", code="no_score")
+    return outputs.score.double()
+
+
+def _one_a_row(values: Tensor, outputs: Outputs, batch: Batch) -> Tensor:
+    """Values [K], one of each row, in the order of the rows [S]."""
+    if len(values) != len(batch.segments):
+        raise BugError(f"{len(values)} positions are scored in {len(batch.segments)} rows", where=batch.segments[0].key, code="no_score")
+    return sums(values, outputs.row, len(batch.segments))
+
+
+def _demand_shares(batch: Batch) -> None:
+    for segment in batch.segments:
+        there = slice(segment.start, segment.stop)
+        values = batch.streams["value"][there][batch.train[there] != 0]
+        if ((values < 0) | (values > 1)).any():
+            raise DataError(
+                f"the value {values[(values < 0) | (values > 1)][0]:g} is no probability",
+                where=segment.key,
+                remedy="give labels in 0..1, or learn scores with objective: reward_regression",
+                code="bad_value",
+            )
 
 
 def _cross_entropy(scores: Tensor, values: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(scores, values, reduction="sum")
-
-
-def _right(scores: Tensor, values: Tensor) -> dict[str, tuple[float, float]]:
-    right = ((scores.detach() > 0) == (values > 0.5)).double()
-    return {"accuracy": (float(right.sum()), float(len(right)))}
+    return F.binary_cross_entropy_with_logits(scores, values, reduction="none")

@@ -28,6 +28,7 @@ from tunesmith.evals.result import Result, sample_row
 from tunesmith.evals.rows import as_text
 from tunesmith.evals.run import perplexity_result, share_result
 from tunesmith.infer.generate import generate
+from tunesmith.model import reward
 from tunesmith.model.policy import Policy
 from tunesmith.objective import Method
 from tunesmith.training import receipt as receipts
@@ -56,18 +57,20 @@ def remember_before(
     """Write before.json: what the untrained model answers to the report's prompts, and says of the probes and the validation rows."""
     if not fresh and (run / "before.json").exists():
         return
-    probes = receipts.probe_rows(prepared.validation or prepared.train)
+    probes = receipts.probe_rows(prepared.validation or prepared.train, scalar=policy.scalar)
     policy.train_mode(False)
     before = {
         "answers": answers(policy, tokenizer, prepared.template, prepared.prompts),
-        "probe_logprobs": receipts.live_logprobs(policy, probes),
+        "probe_logprobs": receipts.live_numbers(policy, probes),
         "validation": _validation(policy, list(prepared.validation), methods, budget) if prepared.validation else None,
     }
     write_json(run / "before.json", before)
 
 
 def answers(policy: Policy, tokenizer: Any, template: ChatTemplate, prompts: Sequence[Prompt]) -> list[str]:
-    """Greedy answers to prompts."""
+    """Greedy answers to prompts; none from a reward model."""
+    if policy.scalar:
+        return [""] * len(prompts)
     if not prompts:
         return []
     rows = generate(policy, tokenizer, template, prompts, SAMPLE)
@@ -83,13 +86,13 @@ def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds
     recipe, run, policy, progress = job.recipe, job.run, job.policy, job.progress
     _take_best(job)
     policy.train_mode(False)
-    probes = receipts.probe_rows(prepared.validation or prepared.train)
-    live = receipts.live_logprobs(policy, probes)
+    probes = receipts.probe_rows(prepared.validation or prepared.train, scalar=policy.scalar)
+    live = receipts.live_numbers(policy, probes)
     before = read_json(run / "before.json")
     after = answers(policy, tokenizer, prepared.template, prepared.prompts)
     scores = _scores(job, before["validation"])
     final = run / "final"
-    save_final(final, policy, tokenizer, prepared.template, recipe)
+    save_final(final, policy, tokenizer, prepared, recipe)
     device = str(policy.device)
     if device.startswith("cuda"):
         policy.model.to("cpu")  # room for the copy that is read back
@@ -120,6 +123,7 @@ def finish(loaded: Loaded, job: Job, prepared: Prepared, tokenizer: Any, seconds
     rows = [
         sample_row(prompt.key, as_text(prompt.messages), prompt.truth, new, {}, base=old)
         for prompt, old, new in zip(prepared.prompts, before["answers"], after, strict=True)
+        if not policy.scalar
     ]
     result = _result(job, receipt, seconds)
     write_report(
@@ -170,13 +174,18 @@ def _scores(job: Job, before: dict[str, Any] | None) -> list[Result]:
     )
 
 
-def save_final(final: Path, policy: Policy, tokenizer: Any, template: ChatTemplate, recipe: Recipe) -> None:
+def save_final(final: Path, policy: Policy, tokenizer: Any, prepared: Prepared, recipe: Recipe) -> None:
     """Write the model, its tokenizer and the template that it was trained with, loadable without tunesmith."""
+    template = prepared.template
     if template.text is not None:
         tokenizer.chat_template = template.text
     stops = stop_ids(template, tokenizer)
-    # What plain `generate` stops at; an adapter folder has no generation configuration of its own.
-    policy.causal.generation_config.eos_token_id = list(stops)
+    if policy.scalar:
+        ends = {int(row.ids[-1]) for row in prepared.train}
+        pad = reward.choose_pad(policy.causal.config, tokenizer, ends)
+    else:
+        # What plain `generate` stops at; an adapter folder has no generation configuration of its own.
+        policy.causal.generation_config.eos_token_id = list(stops)
     with atomic_folder(final) as folder:
         policy.save(folder)
         tokenizer.save_pretrained(str(folder))
@@ -192,6 +201,9 @@ def save_final(final: Path, policy: Policy, tokenizer: Any, template: ChatTempla
             recipe.hash(),
         )
         write_card(folder, card)
+        if policy.scalar:
+            position: reward.Position = "steps" if any(term.name == "prm" for term in recipe.objective) else "last"
+            reward.write_card(folder, reward.RewardCard(position, template.hash, template.source, pad))
 
 
 def _curve(job: Job) -> list[dict[str, Any]]:
@@ -241,9 +253,10 @@ def _facts(job: Job, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _demand_proof(run: Path, receipt: dict[str, Any], probes: int) -> None:
+    what = "scores" if any("places" in probe for probe in receipt["probes"]) else "log-probabilities"
     if not receipt["passed"]:
         raise ModelError(
-            f"the saved model differs from the trained one: log-probabilities by up to {receipt['max_abs_logprob_diff']:.3g}, "
+            f"the saved model differs from the trained one: {what} by up to {receipt['max_abs_logprob_diff']:.3g}, "
             f"tolerance {receipt['tolerance']:.3g}",
             where=str(run / "final"),
             remedy="the checkpoint is intact; please report this with receipt.json",
@@ -251,7 +264,7 @@ def _demand_proof(run: Path, receipt: dict[str, Any], probes: int) -> None:
         )
     if probes and receipt["max_abs_logprob_change_from_base"] == 0.0:
         raise ModelError(
-            "nothing was learned: the trained model gives exactly the log-probabilities of its base",
+            f"nothing was learned: the trained model gives exactly the {what} of its start",
             where=str(run / "final"),
             remedy="raise optim.lr or train longer; see metrics.jsonl",
             code="nothing_learned",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from tunesmith.data.prepare import Prepared
 from tunesmith.evals.report import environment
 from tunesmith.model.load import choose_device
 from tunesmith.model.policy import Policy
-from tunesmith.model.reread import load_plain, plain_logprobs
+from tunesmith.model.reread import load_plain, plain_logprobs, plain_scores
+from tunesmith.model.reward import head_of
 from tunesmith.training.state import Identity
 
 PROBES = 4
@@ -40,13 +41,22 @@ def precision(policy: Policy) -> str:
     return "bf16" if policy.dtype == torch.bfloat16 else "fp32"
 
 
-def probe_rows(rows: TokenSet) -> list[Tokens]:
-    """Short pieces of the first rows: a prompt of at most 480 ids and up to 32 trained ids that follow it."""
+def probe_rows(rows: TokenSet, *, scalar: bool = False) -> list[Tokens]:
+    """Short pieces of the first rows: a prompt of at most 480 ids and up to 32 trained ids that follow it.
+
+    For a reward model (`scalar`) rows of at most 512 ids, whole, with the places at which it is read.
+    """
     probes = []
     for place in range(len(rows)):
         row = rows[place]
         trained = np.flatnonzero(row.train)
         if not len(trained):
+            continue
+        if scalar:
+            if len(row) <= PROBE_PROMPT + PROBE_ANSWER:
+                probes.append(Tokens(row.ids, (row.train != 0).astype(np.float32), row.key))
+            if len(probes) == PROBES:
+                break
             continue
         start = int(trained[0])
         stop = start + 1
@@ -63,13 +73,13 @@ def probe_rows(rows: TokenSet) -> list[Tokens]:
 
 
 @torch.no_grad()
-def live_logprobs(policy: Policy, probes: Sequence[Tokens]) -> list[list[float]]:
-    """What the model in memory says of the probes, in as few passes as training would take."""
+def live_numbers(policy: Policy, probes: Sequence[Tokens]) -> list[list[float]]:
+    """What the model in memory gives for the probes, log-probabilities or scores, in as few passes as training would take."""
     out: list[list[float]] = [[] for _ in probes]
     for batch in pack([replace(probe, key=str(place)) for place, probe in enumerate(probes)], PROBE_PASS) if probes else []:
-        outputs = policy.score(batch)
-        owners = np.searchsorted([segment.start for segment in batch.segments], outputs.index.cpu().numpy(), side="right") - 1
-        for owner, value in zip(owners.tolist(), outputs.logp.float().tolist(), strict=True):
+        outputs = policy.rate(batch) if policy.scalar else policy.score(batch)
+        values = outputs.logp if outputs.score is None else outputs.score
+        for owner, value in zip(outputs.row.tolist(), values.float().tolist(), strict=True):
             out[int(batch.segments[owner].key)].append(value)
     return out
 
@@ -87,15 +97,13 @@ def largest_difference(left: Sequence[Sequence[float]], right: Sequence[Sequence
 
 
 def reread(final: Path, probes: Sequence[Tokens], live: Sequence[Sequence[float]], dtype: str, device: str) -> dict[str, Any]:
-    """Load `final` with plain transformers or PEFT and compare its log-probabilities with those of the model in memory."""
+    """Load `final` with plain transformers or PEFT and compare its log-probabilities, or scores, with those of the model in memory."""
     model = load_plain(final, dtype, device)
-    prompts, answers = zip(*(split_probe(probe) for probe in probes), strict=True) if probes else ((), ())
-    said = plain_logprobs(model, prompts, answers)
+    scalar = head_of(str(final)) == "score"
+    rows = [_row(probe, scalar=scalar) for probe in probes]
+    said = _said(model, rows)
     difference = largest_difference(said, live)
-    rows = [
-        {"key": probe.key, "prompt_ids": prompt, "ids": answer, "logprobs": logprobs}
-        for probe, prompt, answer, logprobs in zip(probes, prompts, answers, said, strict=True)
-    ]
+    rows = [{**row, "scores" if "places" in row else "logprobs": values} for row, values in zip(rows, said, strict=True)]
     return {
         "probes": rows,
         "dtype": dtype,
@@ -103,6 +111,21 @@ def reread(final: Path, probes: Sequence[Tokens], live: Sequence[Sequence[float]
         "tolerance": TOLERANCE[dtype],
         "passed": difference <= TOLERANCE[dtype],
     }
+
+
+def _row(probe: Tokens, *, scalar: bool) -> dict[str, Any]:
+    """A probe as the receipt keeps it: prompt and answer ids, or all ids and the places at which a reward model is read."""
+    if scalar:
+        return {"key": probe.key, "ids": probe.ids.tolist(), "places": np.flatnonzero(probe.train).tolist()}
+    prompt, answer = split_probe(probe)
+    return {"key": probe.key, "prompt_ids": prompt, "ids": answer}
+
+
+def _said(model: Any, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """What a plainly loaded model gives for the receipt's probes."""
+    if rows and "places" in rows[0]:
+        return plain_scores(model, [row["ids"] for row in rows], [row["places"] for row in rows])
+    return plain_logprobs(model, [row["prompt_ids"] for row in rows], [row["ids"] for row in rows])
 
 
 def model_hash(folder: str, revision: str | None) -> str:
@@ -153,8 +176,7 @@ def verify(run: Path, device: str) -> dict[str, Any]:
             remedy="put the old files back, or remove the folder and run the training command again",
             code="final_unreadable",
         ) from error
-    said = plain_logprobs(model, [p["prompt_ids"] for p in probes], [p["ids"] for p in probes])
-    difference = largest_difference(said, [p["logprobs"] for p in probes])
+    difference = largest_difference(_said(model, probes), [p["scores"] if "places" in p else p["logprobs"] for p in probes])
     return {
         "run": str(run),
         "changed_files": changed,

@@ -174,8 +174,7 @@ def _build(
     torch.manual_seed(recipe.run.seed)
     terms = methods(recipe.objective)
     needs = frozenset[str]().union(*(method.needs for method in terms))
-    head = {"head": "score"} if "score" in needs else {}
-    policy = build_policy(recipe.model, device, seed=recipe.run.seed, **head)
+    policy = build_policy(recipe.model, device, seed=recipe.run.seed, head="score" if "score" in needs else "language")
     check_vocabulary(policy.causal, tokenizer)
     policy.set_neftune(recipe.run.neftune_alpha)
     if recipe.model.fast.front and needs & {"pairs", "mismatched"}:
