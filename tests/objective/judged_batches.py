@@ -34,7 +34,7 @@ def batch_of(rows, reference=True, seed=0, streams=None, weights=None):
         train[train != 0] = weights
     held = dict(streams or {})
     if reference:
-        held["reference"] = np.where(train != 0, -rng.exponential(1.0, start), 0).astype(np.float32)
+        held["reference"] = np.where(train != 0, -rng.exponential(0.8, start), 0).astype(np.float32)
     return Batch(rng.integers(0, 99, start).astype(np.int32), train, tuple(segments), held)
 
 
@@ -59,8 +59,7 @@ def pair_rows(n=5, seed=0, equal=False, prompt=None):
     rows = []
     for i in range(n):
         before = int(rng.integers(1, 4)) if prompt is None else prompt
-        for role in ("chosen", "rejected"):
-            rows.append((before, 4 if equal else int(rng.integers(1, 8)), f"g{i}", role))
+        rows += [(before, 4 if equal else int(rng.integers(1, 8)), f"g{i}", role) for role in ("chosen", "rejected")]
     return rows
 
 
@@ -69,8 +68,8 @@ def label_rows(n=6, mismatched=True, seed=0):
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(n):
-        for role in ("undesirable" if i % 3 == 1 else "desirable", *(["mismatched"] if mismatched else [])):
-            rows.append((2, int(rng.integers(1, 8)), f"g{i}", role))
+        roles = ("undesirable" if i % 3 == 1 else "desirable", *(["mismatched"] if mismatched else []))
+        rows += [(2, int(rng.integers(1, 8)), f"g{i}", role) for role in roles]
     return rows
 
 

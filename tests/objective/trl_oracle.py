@@ -16,15 +16,16 @@ from trl.trainer import dpo_trainer
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
 
 
-class Model:
+class Model(torch.nn.Module):
     """Says prepared things: one answer for each first token id."""
 
-    training, is_gradient_checkpointing = True, False
+    is_gradient_checkpointing = False
 
     def __init__(self, answers):
+        super().__init__()
         self.answers = answers
 
-    def __call__(self, input_ids, **_):
+    def forward(self, input_ids, **_):
         found = self.answers[int(input_ids[0, 0])]
         blank = torch.zeros_like(found)
         return SimpleNamespace(log_probs=found, entropy=blank, mean_logits=blank, is_top1=blank.bool(), aux_loss=None)
@@ -77,7 +78,12 @@ def dpo(said, loss_type, *, beta=0.1, label_smoothing=0.0, divergence="reverse_k
         _total_train_tokens=0, _tp_size=1, args=SimpleNamespace(discopop_tau=tau, gradient_checkpointing_kwargs=None),
     )  # fmt: skip
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
-    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # the type of the constants that TRL makes
+    try:
+        loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    finally:
+        torch.set_default_dtype(before)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 

@@ -2,7 +2,8 @@
 
 import json
 
-from tunesmith import demo
+from tunesmith.demo import alignment
+from tunesmith.demo import quickstart as demo
 
 
 def test_the_demo_trains_evaluates_before_and_after_and_writes_a_report(tmp_path, monkeypatch):
@@ -20,3 +21,16 @@ def test_the_demo_trains_evaluates_before_and_after_and_writes_a_report(tmp_path
     assert "general_perplexity" in page
     assert json.loads((tmp_path / "demo/report.json").read_text())["samples"]
     demo.print_demo(result)
+
+
+def test_the_second_half_trains_and_measures_every_stage(tmp_path, monkeypatch):
+    for name, count in (("PAIRS", 32), ("LABELS", 30), ("CHAINS", 32), ("TEST", 8)):
+        monkeypatch.setattr(alignment, name, count)
+    result = alignment.align(tmp_path / "demo")
+    assert [row["name"] for row in result["stages"]] == ["dpo", "ipo", "simpo", "orpo", "kto", "reward", "prm"]
+    for row in result["stages"]:
+        assert 0 <= row["low"] <= row["after"] <= row["high"] <= 1
+    assert {row["before"] for row in result["stages"] if row["name"] in ("dpo", "ipo", "kto")} == {0.5}
+    assert sum(one["n"] for one in result["calibration"]) == 8
+    assert json.loads((tmp_path / "demo/align/report.json").read_text())["scores"]
+    alignment.print_align(result)

@@ -15,6 +15,8 @@ Fine-tune the bundled base on support tickets, evaluate before and after, write 
 [bold]Example[/]
 
   tunesmith demo --out demo
+
+  tunesmith demo --align      # preferences, rewards and step rewards on the same base; a few minutes
 """
 
 
@@ -23,16 +25,20 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for data, run and report")] = Path("demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="train again even if the folder holds a finished demo")] = False,
     seed: Annotated[int, typer.Option(help="seed of data order and adapter")] = 0,
+    with_preferences: Annotated[
+        bool, typer.Option("--align", help="instead: dpo, ipo, simpo, orpo, kto, a reward and a process-reward model")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Run it and print what came out."""
     from tunesmith.core import log
+    from tunesmith.demo import align, print_align, print_demo
     from tunesmith.demo import demo as run_demo
-    from tunesmith.demo import print_demo
 
     log.set_up()
-    result = run_demo(out, fresh=fresh, seed=seed)
+    work, tell = (align, print_align) if with_preferences else (run_demo, print_demo)
+    result = work(out, fresh=fresh, seed=seed)
     if as_json:
         say(result)
     else:
-        print_demo(result)
+        tell(result)

@@ -172,8 +172,9 @@ def with_head(model: Any, seed: int) -> Any:
 
 
 def settled(model: Any) -> Any:
-    """The reward model with its head in fp32, and no row of its embedding left out of training for being named a pad."""
+    """The reward model with its head in fp32, nothing to generate with, and no row of its embedding untrained for being named a pad."""
     model.score.float()
+    model.generation_config = None
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None

@@ -20,7 +20,8 @@ def kto(labels: Labels, *, beta: float = 0.1, desirable_weight: float = 1.0, und
     Ethayarajh 2024, arXiv:2402.01306, equation 8. Raises BugError without mismatched answers.
     """
     signed = torch.where(labels.desirable, 1.0, -1.0) * (labels.ratio - kl(labels))
-    weights = torch.where(labels.desirable, desirable_weight, undesirable_weight).double()
+    good = labels.desirable.double()
+    weights = desirable_weight * good + undesirable_weight * (1 - good)
     return weights * torch.sigmoid(-beta * signed)
 
 

@@ -161,4 +161,4 @@ def _excess_weights(outputs: Outputs, batch: Batch, excess: float) -> Tensor:
     rank = torch.empty_like(outputs.index)
     rank[outputs.index.argsort()] = torch.arange(len(rank), device=device)
     inside = rank - starts[outputs.row] < limits[outputs.row]
-    return torch.where(inside, 1.0, excess).double()
+    return torch.full(rank.shape, excess, dtype=torch.float64, device=device).masked_fill(inside, 1.0)
