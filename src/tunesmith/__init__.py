@@ -34,7 +34,9 @@ if TYPE_CHECKING:
         load,
         load_tokenizer,
         render,
+        run_align,
         run_demo,
+        score,
         train,
         write_rows,
     )
@@ -64,7 +66,9 @@ __all__ = [
     "load",
     "load_tokenizer",
     "render",
+    "run_align",
     "run_demo",
+    "score",
     "train",
     "write_rows",
 ]

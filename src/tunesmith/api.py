@@ -10,10 +10,12 @@ from tunesmith.data.formats import FORMATS
 from tunesmith.data.render import render
 from tunesmith.data.template import NAMED as TEMPLATES
 from tunesmith.data.template import choose_template
+from tunesmith.demo import align as run_align
 from tunesmith.demo import demo as run_demo
 from tunesmith.evals.opening import Opened
 from tunesmith.evals.opening import open_model as load
 from tunesmith.evals.run import evaluate
+from tunesmith.evals.score import score
 from tunesmith.grade import GRADERS
 from tunesmith.infer.generate import generate
 from tunesmith.model.tokenizer import load_tokenizer
@@ -42,7 +44,9 @@ __all__ = [
     "load",
     "load_tokenizer",
     "render",
+    "run_align",
     "run_demo",
+    "score",
     "train",
     "write_rows",
 ]

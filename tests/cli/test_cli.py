@@ -32,11 +32,16 @@ def test_help_imports_nothing_heavy():
     loaded = out[out.rindex("[") :]
     for heavy in ("torch", "transformers", "peft", "datasets", "pydantic", "numpy", "matplotlib", "yaml"):
         assert f"'{heavy}'" not in loaded, heavy
-    for verb in ("demo", "train", "check", "show", "generate", "chat", "eval", "schema", "verify", "doctor"):
+    for verb in ("demo", "train", "check", "show", "generate", "chat", "eval", "score", "data", "schema", "verify", "doctor"):
         assert verb in out
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "check", "show", "generate", "chat", "eval", "schema", "verify", "doctor"])
+VERBS = ("demo", "train", "check", "show", "generate", "chat", "eval", "score", "data", "schema", "verify", "doctor")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+    "verb", ["demo", "train", "check", "show", "generate", "chat", "eval", "score", "data", "schema", "verify", "doctor"]
+)
 def test_every_verb_shows_a_runnable_example(capsys, verb):
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0

@@ -12,7 +12,7 @@ from tunesmith.core import recipe
 from tunesmith.data.template import choose_template
 from tunesmith.evals.score import score, summarise
 from tunesmith.model import reward
-from tunesmith.model.policy import build_policy
+from tunesmith.model.build import build_policy
 from tunesmith.model.tokenizer import load_tokenizer
 
 CHATS = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} and {n + 1}"}] for n in range(9)]

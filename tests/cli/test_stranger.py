@@ -108,7 +108,7 @@ def test_a_base_without_weights_is_refused_before_rows_are_read(capsys, words, b
 
 def test_check_lists_what_train_would_refuse_one_after_the_other(capsys, words, tmp_path):
     (tmp_path / "file").write_text("")
-    sets = ["run.device=meta", "run.trackers=[trackio]", "objective=dpo"]
+    sets = ["run.device=meta", "run.trackers=[trackio]", "objective=dpoo"]
     assert main(words("check", out=tmp_path / "file", sets=sets)) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert [problem["where"] for problem in problems] == ["objective.0", "run.device", "run.trackers", "run.out"]
@@ -189,7 +189,7 @@ def test_stages_can_be_checked_before_the_first_is_trained(capsys, base, words, 
     assert two["derived"]["template"] == one["derived"]["template"] == "named:chatml"
 
 
-@pytest.mark.parametrize(("sets", "status"), [(["run.steps=2"], 0), (["run.steps=2", "objective=dpo"], 1)])
+@pytest.mark.parametrize(("sets", "status"), [(["run.steps=2"], 0), (["run.steps=2", "objective=dpoo"], 1)])
 def test_two_ranks_give_one_json_document(words, sets, status):
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tunesmith"]
     done = subprocess.run([sys.executable, *ranks, *words(sets=sets)], capture_output=True, text=True, check=False, timeout=120)

@@ -6,8 +6,9 @@ from tiny_models import gradients, largest_gap, make_batch, make_model
 
 from tunesmith.core import recipe
 from tunesmith.model.adapter import attach
+from tunesmith.model.build import build_policy
 from tunesmith.model.compile import settle_compiled, uncompile
-from tunesmith.model.policy import Policy, build_policy
+from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")

@@ -7,8 +7,9 @@ from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError
 from tunesmith.model import float8
 from tunesmith.model.adapter import attach, lora_layers
+from tunesmith.model.build import build_policy
 from tunesmith.model.compile import settle_float8
-from tunesmith.model.policy import Policy, build_policy
+from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
 
 

@@ -7,8 +7,8 @@ from tiny_models import make_batch, make_model, one_by_one
 
 from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError, RecipeError
+from tunesmith.model.build import build_policy, load_policy
 from tunesmith.model.load import check_vocabulary, choose_device, load_base
-from tunesmith.model.policy import build_policy, load_policy
 from tunesmith.model.tokenizer import load_tokenizer, resolve
 
 BATCH = make_batch()

@@ -13,7 +13,7 @@ from tunesmith.core import recipe
 from tunesmith.core.errors import BugError, ModelError
 from tunesmith.core.types import Batch, Segment
 from tunesmith.model import adapter, reward
-from tunesmith.model.policy import build_policy, load_policy
+from tunesmith.model.build import build_policy, load_policy
 from tunesmith.model.probe import grouped_batch, settle_front
 from tunesmith.model.reread import load_plain, plain_scores
 from tunesmith.model.tokenizer import load_tokenizer

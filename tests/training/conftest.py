@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tunesmith import pocket
 from tunesmith.core.load import build
 from tunesmith.data.prepare import prepare
-from tunesmith.model.policy import build_policy
+from tunesmith.model.build import build_policy
 from tunesmith.model.tokenizer import load_tokenizer
 
 

@@ -13,7 +13,7 @@ import torch
 from tunesmith.core.load import build
 from tunesmith.core.recipe import Named
 from tunesmith.data.prepare import prepare
-from tunesmith.model.policy import build_policy
+from tunesmith.model.build import build_policy
 from tunesmith.model.probe import settle_front
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import OBJECTIVES, methods, wanted

@@ -37,8 +37,8 @@ class Stage:
 STAGES = (
     Stage("dpo", {"name": "dpo"}),
     Stage("ipo", {"name": "ipo"}),
-    Stage("simpo", {"name": "simpo"}),
-    Stage("orpo", {"name": "orpo", "beta": 1.0}, settings={"optim": {"lr": 3e-3}}),
+    Stage("simpo", {"name": "simpo"}, settings={"run": {"neftune_alpha": 10.0}}),
+    Stage("orpo", {"name": "orpo", "beta": 3.0}, settings={"optim": {"lr": 2e-3}, "run": {"neftune_alpha": 5.0}}),
     Stage("kto", {"name": "kto"}, data="labels", settings={"optim": {"lr": 3e-4}}),
     Stage("reward", {"name": "reward"}),
     Stage("prm", {"name": "prm"}, data="steps", adapter=False, settings={"run": {"epochs": 2, "batch": {"examples": 32}}}),

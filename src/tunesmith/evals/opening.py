@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from tunesmith.core.card import Card, read_card
 from tunesmith.data.template import ChatTemplate, choose_template
-from tunesmith.model.policy import Policy, load_policy
+from tunesmith.model.build import load_policy
+from tunesmith.model.policy import Policy
 from tunesmith.model.tokenizer import load_tokenizer, resolve
 
 if TYPE_CHECKING:

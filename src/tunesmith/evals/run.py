@@ -22,7 +22,8 @@ from tunesmith.evals.opening import Opened, open_model
 from tunesmith.evals.result import Result, sample_row
 from tunesmith.evals.rows import Case, Data, as_text, cases_hash, read_cases
 from tunesmith.evals.task import Spec, Task, parse_tasks
-from tunesmith.model.policy import Policy, load_policy
+from tunesmith.model.build import load_policy
+from tunesmith.model.policy import Policy
 from tunesmith.model.tokenizer import adapter_base, load_tokenizer, resolve
 
 Pairs = Mapping[int, tuple[float, float]]

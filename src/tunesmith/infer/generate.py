@@ -18,6 +18,7 @@ from tunesmith.data.sources import read
 from tunesmith.data.template import ChatTemplate, apply
 from tunesmith.infer.sampler import TransformersSampler
 from tunesmith.model.policy import Policy
+from tunesmith.model.reward import no_language_head
 
 Ask = str | Prompt | Sequence[Message]
 
@@ -47,7 +48,13 @@ def generate(
 def chat_sampler(policy: Policy, tokenizer: Any, template: ChatTemplate) -> TransformersSampler:
     """A sampler that answers chats: it stops where the template ends a turn, and uses the attention that the model came with."""
     stops, lead = render.stop_ids(template, tokenizer), lead_of(template, tokenizer)
+    _demand_words(policy)
     return TransformersSampler(policy.model, tokenizer, stop_ids=stops, lead=lead, attention=policy.own_attention)
+
+
+def _demand_words(policy: Policy) -> None:
+    if policy.scalar:
+        raise no_language_head()
 
 
 def raw_sampler(policy: Policy, tokenizer: Any) -> TransformersSampler:
@@ -55,6 +62,7 @@ def raw_sampler(policy: Policy, tokenizer: Any) -> TransformersSampler:
     named = policy.causal.generation_config.eos_token_id if policy.causal.generation_config is not None else None
     listed = named if isinstance(named, list) else [named]
     stops = [int(token) for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]
+    _demand_words(policy)
     return TransformersSampler(policy.model, tokenizer, stop_ids=stops, attention=policy.own_attention)
 
 

@@ -23,7 +23,7 @@ from tunesmith.model import attention, float8, lora
 from tunesmith.model.forward import passes
 from tunesmith.model.load import seeded
 from tunesmith.model.policy import Policy, checkpointing_layers
-from tunesmith.model.probe import FAILURES, distance, graded, noisy, probe_batch, tolerance
+from tunesmith.model.probe import FAILURES, distance, graded, noisy, numbers, probe_batch, tolerance
 
 
 def compile_layers(model: nn.Module) -> int:
@@ -102,7 +102,7 @@ def _try(policy: Policy, change: Callable[[], int], limits: tuple[float, float])
             ours, turned = graded(policy, batch)
             # What validation and training take beside: code for each is compiled now and not in the first step.
             with torch.no_grad():
-                policy.score(batch)
+                numbers(policy, batch)
             policy.model.train()
             graded(policy, batch)
     except (*FAILURES, torch._dynamo.exc.TorchDynamoException) as error:

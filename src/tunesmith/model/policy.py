@@ -11,24 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunesmith.core import recipe
 from tunesmith.core.errors import BugError, ModelError, RecipeError
 from tunesmith.core.files import read_json, write_json
 from tunesmith.core.log import logger
 from tunesmith.core.types import Batch, Outputs
-from tunesmith.model import adapter as adapters
 from tunesmith.model import attention, fuse, gradients, memory, reward
-from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.copies import Copies
-from tunesmith.model.float8 import demand_device
 from tunesmith.model.forward import Pass, Sharing, passes
 from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
 from tunesmith.model.layout import send
-from tunesmith.model.load import choose_device, choose_dtype, load_base, seeded, without_bars
+from tunesmith.model.load import without_bars
 from tunesmith.model.positions import alone_from
-from tunesmith.model.tokenizer import CONFIG, adapter_base, resolve
-
-__all__ = ["Policy", "build_policy", "load_policy", "seeded"]
+from tunesmith.model.tokenizer import CONFIG
 
 
 class Policy:
@@ -352,79 +346,3 @@ def checkpointing_layers(model: nn.Module) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
-def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bool = True, head: reward.Head = "language") -> Policy:
-    """Load the base, put the adapter on, choose the fast paths and prove them.
-
-    A base that is itself an adapter folder goes on training that adapter when the recipe asks for one of the same shape;
-    without an adapter it is merged in and all weights are trained. With `head` "score" it is a reward model, whose head is drawn from
-    `seed` unless the base is a reward model already. Raises ModelError and RecipeError as `load_base` and `attach`.
-    """
-    from tunesmith.model.probe import settle
-
-    spot = choose_device(device)
-    if settings.fast.float8:
-        demand_device(spot)
-    if training and spot.type == "cpu":
-        keep_freed_memory()
-    place = resolve(settings.base)
-    below = adapter_base(place)
-    if settings.adapter is None:
-        model = load_base(settings, spot, training=training, seed=seed, head=head)
-        model.requires_grad_(training)
-    elif below is None:
-        model = load_base(settings, spot, training=training, seed=seed, head=head)
-        model = adapters.attach(model, settings.adapter, seed=seed, base=place)
-    else:
-        reward.demand_head(place, head)
-        model = load_base(settings.model_copy(update={"base": below, "revision": None}), spot, training=training, seed=seed, head=head)
-        model = adapters.read(model, place, training=training)
-        adapters.check_same(model, settings.adapter, place)
-    model.eval()
-    policy = Policy(model, choose_dtype(settings.dtype, spot))
-    # Where both are asked for, compiling wins: a fused layer leaves nothing to compile.
-    settle(policy, settings.fast.model_copy(update={"layer": settings.fast.layer and not settings.fast.compile}))
-    if settings.fast.float8 or settings.fast.compile:
-        from tunesmith.model.compile import settle_compiled, settle_float8
-
-        if settings.fast.float8:
-            settle_float8(policy)
-        if settings.fast.compile:
-            settle_compiled(policy)
-    if settings.adapter is not None and (stacked := [name for name, p in policy.causal.named_parameters() if p.dim() > 2]):
-        policy.note(f"{len(stacked)} tensors that are no linear layers (experts, convolutions) get no adapter, e.g. {stacked[0]}")
-    return policy
-
-
-def load_policy(
-    folder_or_id: str,
-    *,
-    adapter: str | None = None,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
-    device: str = "auto",
-    fast: recipe.Fast | None = None,
-) -> Policy:
-    """A model to score, sample or rate with, nothing trained: hub id, folder, run folder, adapter folder, or 'pocket'.
-
-    `adapter` puts an adapter folder (or a run folder) on top of the model named first.
-    """
-    from tunesmith.model.probe import settle
-
-    spot = choose_device(device)
-    place = resolve(folder_or_id)
-    on_top = resolve(adapter) if adapter is not None else None
-    below = adapter_base(place)
-    if below is not None:
-        if on_top is not None:
-            raise ModelError("both the model and --adapter are adapters", where=place, remedy="name a whole model", code="bad_adapter")
-        place, on_top = resolve(below), place
-    if on_top is not None and adapter_base(on_top) is None:
-        raise ModelError("this is a whole model, not an adapter", where=on_top, remedy="give it as the model", code="bad_adapter")
-    model = load_base(recipe.Model(base=place, dtype=dtype), spot, training=False, head=reward.head_of(on_top or place))
-    if on_top is not None:
-        model = adapters.read(model, on_top, training=False)
-    model.requires_grad_(False).eval()
-    policy = Policy(model, choose_dtype(dtype, spot))
-    settle(policy, fast or recipe.Fast())
-    return policy

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from tunesmith.core.seed import seed_of
 
 Split = Literal["train", "test"]
-TOP = 20  # the largest value of a chain
+LOWEST, TOP = 10, 30  # the values of a right chain: two digits each, so that a step always has the same shape
 STEPS = (3, 4)  # how many, at least and at most
-LARGEST = 5  # what one step adds or takes away, at most
+LARGEST = 3  # what one step adds or takes away, at most
 RIGHT = 0.25  # share of chains without a slip
 
 _HELD_OUT = 5  # one prompt of so many belongs to the held-out chains
@@ -51,12 +51,12 @@ def _rows(split: Split, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _task(random: Random) -> tuple[int, list[int]]:
-    """A first value and what is added to it (or taken away, below 0), step by step; every value stays in 0..TOP."""
-    start = value = _number(random, 0, TOP)
+    """A first value and what is added to it (or taken away, below 0), step by step; every value stays in LOWEST..TOP."""
+    start = value = _number(random, LOWEST, TOP)
     changes: list[int] = []
     for _ in range(_number(random, *STEPS)):
         change = 0
-        while not change or not 0 <= value + change <= TOP:
+        while not change or not LOWEST <= value + change <= TOP:
             change = _number(random, -LARGEST, LARGEST)
         changes.append(change)
         value += change
@@ -80,9 +80,9 @@ def _solution(start: int, changes: list[int], slip: int | None, random: Random) 
 
 
 def _near(result: int, rest: list[int], random: Random) -> int:
-    """Another number that is easily taken for `result`, and from which the rest of the chain never falls below 0."""
+    """Another number that is easily taken for `result`, of two digits, as are those that the rest of the chain makes of it."""
     swapped = int(str(result)[::-1])
-    lowest = -min((sum(rest[:place]) for place in range(len(rest) + 1)), default=0)
+    lowest = LOWEST - min(sum(rest[:place]) for place in range(len(rest) + 1))
     near = [result - 1, result + 1, result - 10, result + 10, swapped]
     return _pick(random, [number for number in near if number != result and number >= lowest])
 

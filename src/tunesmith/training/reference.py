@@ -24,8 +24,9 @@ from tunesmith.data import cache
 from tunesmith.data.dataset import TokenSet
 from tunesmith.data.pack import pack
 from tunesmith.evals.likelihood import quiet
+from tunesmith.model.build import load_policy
 from tunesmith.model.load import check_vocabulary
-from tunesmith.model.policy import Policy, load_policy
+from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle_front
 from tunesmith.model.tokenizer import adapter_base, resolve
 from tunesmith.training.parallel import Ranks

@@ -21,9 +21,10 @@ from tunesmith.core.load import Loaded, dump_yaml, load_recipe, load_tree
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
 from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.model.build import build_policy
 from tunesmith.model.load import check_vocabulary, choose_device, resolve
 from tunesmith.model.memory import whole_bytes
-from tunesmith.model.policy import Policy, build_policy
+from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle_front
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods, wanted
