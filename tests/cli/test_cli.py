@@ -20,6 +20,9 @@ def rows(tmp_path):
     return file
 
 
+VERBS = ("demo", "train", "check", "show", "generate", "chat", "eval", "score", "data", "schema", "verify", "doctor")
+
+
 def run(capsys, *words):
     status = main([str(word) for word in words])
     out, err = capsys.readouterr()
@@ -32,16 +35,11 @@ def test_help_imports_nothing_heavy():
     loaded = out[out.rindex("[") :]
     for heavy in ("torch", "transformers", "peft", "datasets", "pydantic", "numpy", "matplotlib", "yaml"):
         assert f"'{heavy}'" not in loaded, heavy
-    for verb in ("demo", "train", "check", "show", "generate", "chat", "eval", "score", "data", "schema", "verify", "doctor"):
+    for verb in VERBS:
         assert verb in out
 
 
-VERBS = ("demo", "train", "check", "show", "generate", "chat", "eval", "score", "data", "schema", "verify", "doctor")
-
-
 @pytest.mark.parametrize("verb", VERBS)
-    "verb", ["demo", "train", "check", "show", "generate", "chat", "eval", "score", "data", "schema", "verify", "doctor"]
-)
 def test_every_verb_shows_a_runnable_example(capsys, verb):
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0

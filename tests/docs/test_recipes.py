@@ -34,7 +34,7 @@ def test_the_recipes_are_there() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_reads_what_the_demo_writes(path: Path, tmp_path: Path) -> None:
-    from tunesmith.demo import write_data
+    from tunesmith.demo.quickstart import write_data
 
     write_data(tmp_path / "demo" / "data", 0)
     for stage in load_recipe(path):

@@ -72,19 +72,26 @@ def _solution(start: int, changes: list[int], slip: int | None, random: Random) 
     for place, change in enumerate(changes):
         result = value + change
         if place == slip:
-            result = _near(result, changes[place + 1 :], random)
+            result = _slip(value, change, changes[place + 1 :], random)
         steps.append(f"{value} {'+' if change > 0 else '-'} {abs(change)} = {result}")
         value = result
     right = len(changes) if slip is None else slip
     return {"completions": steps, "labels": [place < right for place in range(len(changes))]}
 
 
-def _near(result: int, rest: list[int], random: Random) -> int:
-    """Another number that is easily taken for `result`, of two digits, as are those that the rest of the chain makes of it."""
-    swapped = int(str(result)[::-1])
+KINDS = ("ten", "swap", "sign")
+
+
+def _slip(value: int, change: int, rest: list[int], random: Random) -> int:
+    """A wrong result, of two digits, as are those that the rest of the chain makes of it."""
+    result = value + change
     lowest = LOWEST - min(sum(rest[:place]) for place in range(len(rest) + 1))
-    near = [result - 1, result + 1, result - 10, result + 10, swapped]
-    return _pick(random, [number for number in near if number != result and number >= lowest])
+    kinds = {"one": [result - 1, result + 1], "ten": [result - 10, result + 10], "swap": [int(str(result)[::-1])], "sign": [value - change]}
+    while True:
+        kind = KINDS[_number(random, 0, len(KINDS) - 1)]
+        near = [number for number in kinds[kind] if number != result and number >= lowest]
+        if near:
+            return _pick(random, near)
 
 
 def _number(random: Random, low: int, high: int) -> int:
