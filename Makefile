@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint unit bench-sft bench-data clean
+.PHONY: demo test lint unit bench-sft bench-dpo bench-data clean
 
 demo: .venv/installed
 	$(BIN)/tunesmith demo --out demo
@@ -20,6 +20,9 @@ unit: .venv/installed-test
 
 bench-sft: .venv/installed-test
 	$(BIN)/python benchmarks/sft.py $(BENCH)
+
+bench-dpo: .venv/installed-test
+	$(BIN)/python benchmarks/dpo.py $(BENCH)
 
 bench-data: .venv/installed-test
 	$(BIN)/python benchmarks/data.py

@@ -236,3 +236,15 @@ def test_the_cache_of_the_reference_is_read_and_a_damaged_one_is_made_again(wish
     asked[:] = []
     assert train(made, fresh=True)["metrics"]["loss"] == first
     assert sum(asked) == sum(used)
+
+
+def test_the_balance_of_labels_is_held_against_the_weights(wish):
+    from tunesmith.training.balance import balance
+
+    recipe = build(wish("kto", "lora")).recipe
+    ledger = prepare(recipe, load_tokenizer(recipe.model.base), wanted=wanted(methods(recipe.objective))).ledger
+    assert "16 good and 8 bad answers" in balance(recipe, ledger)
+    assert "0.50 to 0.67, and 1.00 is outside" in balance(recipe, ledger)
+    weighted = recipe.model_copy(update={"objective": [Named(name="kto", desirable_weight=0.6)]})
+    assert "0.60 is within" in balance(weighted, ledger)
+    assert balance(recipe.model_copy(update={"objective": [Named(name="bco")]}), ledger) is None

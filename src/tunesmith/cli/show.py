@@ -34,7 +34,7 @@ def show(
     model: Annotated[str, typer.Option(help="hub id, folder, run folder or pocket (its tokenizer is used)")] = "pocket",
     template: Annotated[str, typer.Option(help="auto, a named template, a Jinja file, or none")] = "auto",
     n: Annotated[int, typer.Option("-n", min=1, help="rows to show")] = 3,
-    data_format: Annotated[str, typer.Option("--format", help="auto, or a format's name: messages, sharegpt, preference, labelled, ...")] = "auto",
+    data_format: Annotated[str, typer.Option("--format", help="auto, or a name: messages, preference, ...")] = "auto",
     turns: Annotated[Turns, typer.Option(help="assistant turns that are trained")] = Turns.all,
     max_length: Annotated[int | None, typer.Option(help="mark rows over this many tokens as dropped")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,

@@ -25,13 +25,14 @@ BINS = 5  # of predicted probability, in the table of calibration
 
 @dataclass(frozen=True)
 class Stage:
-    """One run: the objective, the rows it learns from, and settings beside those that all share."""
+    """One run: the objective, the rows it learns from, the stage it starts from, and settings beside those that all share."""
 
     name: str
     objective: dict[str, Any]
     data: str = "pairs"
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: bool = True
+    after: str = ""
 
 
 STAGES = (
@@ -40,7 +41,8 @@ STAGES = (
     Stage("simpo", {"name": "simpo"}, settings={"run": {"neftune_alpha": 10.0}}),
     Stage("orpo", {"name": "orpo", "beta": 3.0}, settings={"optim": {"lr": 2e-3}, "run": {"neftune_alpha": 5.0}}),
     Stage("kto", {"name": "kto"}, data="labels", settings={"optim": {"lr": 3e-4}}),
-    Stage("reward", {"name": "reward"}),
+    # As a reward model starts from a tuned model: the adapter goes on, under a fresh score head.
+    Stage("reward", {"name": "reward"}, after="dpo"),
     Stage("prm", {"name": "prm"}, data="steps", adapter=False, settings={"run": {"epochs": 2, "batch": {"examples": 32}}}),
 )
 
@@ -103,7 +105,7 @@ def recipe_of(stage: Stage, files: dict[str, Path], run: Path, seed: int) -> dic
     held_out = files.get(f"{stage.data}.test")
     return {
         "model": {
-            "base": "pocket",
+            "base": str(run.parent / stage.after / "final") if stage.after else "pocket",
             "dtype": "bf16" if multiplies_bf16(choose_device("auto")) else "fp32",
             "adapter": {"name": "lora", "rank": 16} if stage.adapter else None,
         },

@@ -16,6 +16,7 @@ from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods, wanted
 from tunesmith.training import door, finish
 from tunesmith.training import state as states
+from tunesmith.training.balance import balance
 from tunesmith.training.optim import peak_lr, warmup_steps
 from tunesmith.training.receipt import identify, model_hash
 from tunesmith.training.source import Offline
@@ -71,6 +72,8 @@ def inspect(loaded: Loaded, stand_in: Recipe | None = None) -> dict[str, Any]:
             problems.append(error.as_dict())
     origin = {**loaded.origin, **dict.fromkeys(derived, "derived")}
     lines = [ledger.summary()] if ledger else []
+    if ledger and (words := balance(recipe, ledger)) is not None:
+        lines.append(words)
     lines += [f"{name}: {value}" for name, value in derived.items()]
     return {
         "problems": problems,

@@ -30,6 +30,7 @@ from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods, wanted
 from tunesmith.training import finish
 from tunesmith.training import state as states
+from tunesmith.training.balance import balance
 from tunesmith.training.door import at_the_door
 from tunesmith.training.lock import demand_free, hold
 from tunesmith.training.loop import Job, run_loop, stop_on_signal
@@ -133,6 +134,8 @@ def _prepare(recipe: Recipe, ranks: Ranks) -> tuple[Callable[[], Identity], Prep
     if ranks.first:
         ranks.barrier()
         logger.info("%s", prepared.ledger.summary())
+        if (words := balance(recipe, prepared.ledger)) is not None:
+            logger.info("%s", words)
 
     @cache
     def identity() -> Identity:
