@@ -7,46 +7,23 @@ Usage: python benchmarks/sft.py [--data FILE] [--cases lora-135m full-135m pocke
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import psutil
-from sft_sides import Case, Result, Setting, recipe_of
+from race import FAR, MEMORY, Bench, ChildError, arguments, best_of, ceilings, grid, named, race, ranged, say, spread, tried
+from sft_sides import Case, recipe_of
+from sides import Result, Setting
 
-# This process never imports torch: a child's ru_maxrss begins with what its parent held.
-# glibc keeps freed memory, as our engine asks it to in its own process (model/allocator.py).
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1), "MALLOC_TOP_PAD_": str(16 << 20)}
 FAST = ("packed", "head", "lora", "layer")
-FAR = {"fp32": 1e-3, "bf16": 3e-2}  # by so much the losses of the first step may differ
-BUSY = 0.1  # cores that others may use while we measure
-MEMORY, SHARE, START = (0.6, 0.4), (0.60, 0.75), (5.0, 3.0)  # wanted, stretch
-
-
-class ChildError(Exception):
-    """A measurement ended with an error."""
-
-
-def grid(batches: Sequence[int], precisions: Sequence[str]) -> list[Setting]:
-    """Every batch size with every precision."""
-    return [{"batch": batch, "precision": precision} for precision in precisions for batch in batches]
+SHARE, START = (0.60, 0.75), (5.0, 3.0)  # wanted, stretch
 
 
 def cases(work: Path, quick: bool) -> dict[str, Case]:
     """The three cases of the table; `quick` leaves one setting a side."""
-    micro: list[Setting] = [{"micro_tokens": size} for size in (512, 1_024, 2_048)]
+    micro: list[Setting] = [{"micro_tokens": size} for size in (256, 512, 1_024, 2_048)]
     over, shape = "fp32 under bf16 autocast", str(work / "model")
     lora = Case(
         "lora-135m", shape, [str(work / "rows.jsonl")], str(work / "start.jsonl"), True, "bf16", 2e-4, 4 if quick else 8, micro,
@@ -63,77 +40,7 @@ def cases(work: Path, quick: bool) -> dict[str, Case]:
         (3.0, 5.0),
     )  # fmt: skip
     found = {case.name: case for case in (lora, full, pocket)}
-    return {name: replace(case, ours=case.ours[1:2], trl=case.trl[1:2], beside=[]) if quick else case for name, case in found.items()}
-
-
-class Bench:
-    """Where the measurements of one call lie, and what was seen of the machine meanwhile."""
-
-    def __init__(self, work: Path) -> None:
-        self.work = work
-        self.environment = {
-            **os.environ, "TUNESMITH_CACHE": str(work / "cache"), "HF_DATASETS_CACHE": str(work / "hf"), "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-
-    def child(self, what: str, case: Case | None, setting: Setting, **others: Any) -> Result:
-        """One measurement in a process of its own. Raises ChildError."""
-        job, result = self.work / "job.json", self.work / "result.json"
-        keep = KEEP if setting.get("keep_memory") else {}
-        job.write_text(json.dumps({"what": what, "case": case and asdict(case), "setting": setting, **others}), encoding="utf-8")
-        seen = self.run([str(Path(__file__).with_name("sft_sides.py")), str(job), str(result)], keep)
-        return {"setting": setting, **json.loads(result.read_text(encoding="utf-8")), **seen}
-
-    def run(self, words: Sequence[str], environment: dict[str, str]) -> Result:
-        """A Python process; returns the load before it and the cores that others used meanwhile. Raises ChildError."""
-        load, began, before = os.getloadavg()[0], time.perf_counter(), others_seconds()
-        done = subprocess.run([sys.executable, *words], env=self.environment | environment, capture_output=True, text=True, check=False)
-        others = max(0.0, others_seconds() - before) / (time.perf_counter() - began)
-        if done.returncode:
-            raise ChildError(done.stderr[-3_000:])
-        if others > BUSY:
-            say(f"WARNING: other processes used {others:.2f} cores during this measurement")
-        return {"load": round(load, 2), "others_cores": round(others, 3)}
-
-
-def say(words: str) -> None:
-    """A line to the terminal at once."""
-    print(words, flush=True)
-
-
-def others_seconds() -> float:
-    """Processor seconds of everything but this process and its finished children, those stolen by other guests of the host included."""
-    times = psutil.cpu_times()
-    used = sum(getattr(times, kind, 0.0) for kind in ("user", "system", "nice", "steal", "irq", "softirq"))
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        usage = resource.getrusage(who)
-        used -= usage.ru_utime + usage.ru_stime
-    return float(used)
-
-
-def demand_idle(anyway: bool) -> Result:
-    """Look for two seconds at what else runs; refuse to measure beside it unless `anyway`."""
-    began, before = time.perf_counter(), others_seconds()
-    spent = {process: cpu_seconds(process) for process in psutil.process_iter(["name"]) if process.pid != os.getpid()}
-    time.sleep(2)
-    wall = time.perf_counter() - began
-    others = round((others_seconds() - before) / wall, 3)
-    cores = {f"{process.info['name']} ({process.pid})": (cpu_seconds(process) - old) / wall for process, old in spent.items()}
-    busy = {name: round(used, 2) for name, used in cores.items() if used > BUSY / 2}
-    found: Result = {"load": [round(value, 2) for value in os.getloadavg()], "others_cores": others, "busy": busy}
-    if others > BUSY or busy:
-        say(f"WARNING: the machine is not idle: {found}")
-        if not anyway:
-            raise SystemExit("stop what else runs, or measure in spite of it with --anyway")
-    return found
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    """Processor seconds of a process so far; 0 when it is gone."""
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system)
+    return {name: replace(case, ours=case.ours[2:3], trl=case.trl[1:2], beside=[]) if quick else case for name, case in found.items()}
 
 
 def rate(run: Result, skip: int = 1) -> float:
@@ -143,29 +50,17 @@ def rate(run: Result, skip: int = 1) -> float:
 
 def shown(run: Result) -> str:
     """One line for a measurement."""
-    words = ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in run["setting"].items())
-    return f"{words:<44}{rate(run):9.1f} tokens/s {run['memory_gb']:7.2f} GB"
+    return f"{named(run['setting']):<44}{rate(run):9.1f} tokens/s {run['memory_gb']:7.2f} GB"
 
 
-def tried(bench: Bench, side: str, case: Case, settings: Sequence[Setting]) -> list[Result]:
-    """Each setting once; one that fails is kept with its error."""
-    found = []
-    for setting in settings:
-        try:
-            found.append(bench.child(side, case, setting))
-            say(f"  try {side:<5}{shown(found[-1])}")
-        except ChildError as error:
-            found.append({"setting": setting, "error": str(error)})
-            say(f"  try {side:<5}{setting} FAILED: {str(error).strip().splitlines()[-1]}")
-    return found
-
-
-def best_of(runs: Sequence[Result], side: str) -> Setting:
-    """The setting of the fastest. Raises ChildError when none worked."""
-    good = [run for run in runs if "error" not in run]
-    if not good:
-        raise ChildError(f"no setting of {side} works; the last error:\n{runs[-1]['error']}")
-    return dict(max(good, key=rate)["setting"])
+def contenders(trials: dict[str, list[Result]]) -> dict[str, Setting]:
+    """The fastest setting of each side, and ours once more within the wanted share of the memory, where that is another setting."""
+    fastest = {side: best_of(found, side, rate) for side, found in trials.items()}
+    small = [run for run in trials["ours"] if "error" not in run and run["memory_gb"] <= MEMORY[0] * fastest["trl"]["memory_gb"]]
+    chosen = {side: dict(run["setting"]) for side, run in fastest.items()}
+    if small and (lean := dict(max(small, key=rate)["setting"])) != chosen["ours"]:
+        chosen["lean"] = lean
+    return chosen
 
 
 def compare_first_step(bench: Bench, case: Case, best: dict[str, Setting]) -> Result:
@@ -193,27 +88,19 @@ def demand_same(case: Case, one: Result, other: Result) -> None:
         raise ChildError(f"{case.name}: operations are counted differently: {one['formula']} and {other['formula']}")
 
 
-def spread(values: Sequence[float]) -> Result:
-    """Median and range."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
 def measure(bench: Bench, case: Case, runs: int) -> Result:
     """Try, choose, run in turn, compare."""
-    trials = {side: tried(bench, side, case, settings) for side, settings in (("ours", case.ours), ("trl", case.trl))}
-    best = {side: best_of(found, side) for side, found in trials.items()}
+    trials = {side: tried(bench, side, case, settings, shown) for side, settings in (("ours", case.ours), ("trl", case.trl))}
+    best = contenders(trials)
     first = compare_first_step(bench, case, best)
-    found: dict[str, list[Result]] = {"ours": [], "trl": []}
+    found: dict[str, list[Result]] = {side: [] for side in best}
     for _ in range(runs):
         for side, results in found.items():
-            results.append(bench.child(side, case, best[side]))
+            results.append(bench.child("trl" if side == "trl" else "ours", case, best[side]))
             say(f"  run {side:<5}{shown(results[-1])}")
         demand_same(case, found["ours"][-1], found["trl"][-1])
     every = [run for results in (*trials.values(), *found.values()) for run in results if "error" not in run]
-    gemm: dict[str, float] = {}
-    for run in every:
-        name, flops = run["gemm"]["name"], run["gemm"]["flops"]
-        gemm[name] = max(flops, gemm.get(name, 0.0))
+    gemm = ceilings(every)
     sides = {}
     for side, results in found.items():
         sides[side] = {
@@ -223,7 +110,7 @@ def measure(bench: Bench, case: Case, runs: int) -> Result:
             "memory_gb": spread([run["memory_gb"] for run in results]),
             "share": spread([sum(run["flops"][1:]) / sum(run["seconds"][1:]) / gemm[run["gemm"]["name"]] for run in results]),
         }
-    beside = tried(bench, "trl", case, [*case.beside, best["trl"] | {"keep_memory": True}])
+    beside = tried(bench, "trl", case, [*case.beside, best["trl"] | {"keep_memory": True}], shown)
     one = found["ours"][0]
     rows = {"examples_of_a_step": case.examples, "steps": len(one["tokens"]), "tokens": sum(one["tokens"]), "trained": sum(one["trained"])}
     return {
@@ -270,16 +157,16 @@ def table(case: Case, found: Result) -> None:
     if found["start"]:
         seconds = ranged(found["start"], lambda value: f"{value:.2f}")
         say(f"{'start to first step, s':<28}{seconds:>24}{'':>32}{START[0]:>8.0f}{START[1]:>9.0f}")
+    if lean := found["sides"].get("lean"):
+        ratios = (lean[key]["median"] / trl[key]["median"] for key in ("tokens_per_s", "memory_gb"))
+        say("ours within {:.1f} of TRL's memory: {} tokens/s {:.2f}x, memory {:.2f}x, share {}, settings {}".format(
+            MEMORY[0], ranged(lean["tokens_per_s"], lines[0][2]), *ratios, ranged(lean["share"], percent), lean["setting"]
+        ))  # fmt: skip
     say(f"settings: ours {ours['setting']}, TRL {trl['setting']}; {found['formula']}")
     for run in (run for run in found["beside"] if "error" not in run):
         ratios = ours["tokens_per_s"]["median"] / rate(run), ours["memory_gb"]["median"] / run["memory_gb"]
         say(f"beside, one run: {shown(run)}; ours {ratios[0]:.2f}x the speed, {ratios[1]:.2f}x the memory")
     say("")
-
-
-def ranged(values: Result, digits: Callable[[float], str]) -> str:
-    """A median with its range."""
-    return f"{digits(values['median'])} ({digits(values['min'])}-{digits(values['max'])})"
 
 
 def curves(bench: Bench, case: Case, setting: Setting) -> Result:
@@ -288,7 +175,7 @@ def curves(bench: Bench, case: Case, setting: Setting) -> Result:
     for dtype in ("fp32", "bf16"):
         # Fused layers do their own LoRA, so that `lora` alone decides nothing while they are on.
         ways = [{}, *({name: False} for name in FAST), {"lora": False, "layer": False}, dict.fromkeys(FAST, False)]
-        on, *others = tried(bench, "ours", case, [setting | {"dtype": dtype, "fast": fast} for fast in ways])
+        on, *others = tried(bench, "ours", case, [setting | {"dtype": dtype, "fast": fast} for fast in ways], shown)
         for run in others:
             if "error" in on or "error" in run:
                 run["largest_difference"] = None
@@ -300,65 +187,29 @@ def curves(bench: Bench, case: Case, setting: Setting) -> Result:
     return found
 
 
-def machine() -> Result:
-    """What the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = round(psutil.virtual_memory().total / 1e9, 1)
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return {"cpu": name, "cores": cores, "memory_gb": memory, "OMP_NUM_THREADS": threads, "python": platform.python_version()}
-
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="rows in any of our formats; without: longer rows of the bundled grammar")
-    parser.add_argument("--cases", nargs="+", choices=["lora-135m", "full-135m", "pocket"], default=["lora-135m", "full-135m", "pocket"])
-    parser.add_argument("--runs", type=int, default=3, help="alternating runs of the best settings")
-    parser.add_argument("--curves", action="store_true", help="instead of the race: loss curves with each fast path off")
-    parser.add_argument("--profile", action="store_true", help="instead of the race: torch.profiler's table of one pass of ours")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: two layers, few rows, one setting a side, one run")
-    parser.add_argument("--anyway", action="store_true", help="measure although the machine is not idle")
-    parser.add_argument("--out", type=Path, help="the record, JSON")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Measure the chosen cases, print the tables, write the record."""
-    words = arguments()
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")}
-    record: Result = {
-        "date": time.strftime("%Y-%m-%d"), "machine": machine(), "idle": demand_idle(words.anyway), "versions": versions,
-        "data": words.data.stem if words.data else "tickets of the bundled grammar", "quick": words.quick, "cases": {}, "failed": {},
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        bench = Bench(work)
-        data = str(words.data.resolve()) if words.data else ""
-        record["built"] = bench.child("build", None, {}, work=folder, data=data, quick=words.quick)
-        for case in (cases(work, words.quick)[name] for name in words.cases):
-            say(case.name)
-            try:
-                if words.profile:
-                    record["cases"][case.name] = bench.child("profile", case, {"micro_tokens": 1_024})
-                    say(record["cases"][case.name]["table"])
-                elif words.curves:
-                    record["cases"][case.name] = curves(bench, case, {"micro_tokens": 1_024})
-                    errors = [run["error"] for runs in record["cases"][case.name].values() for run in runs if "error" in run]
-                    if errors:
-                        raise ChildError(errors[0])
-                else:
-                    record["cases"][case.name] = measure(bench, case, 1 if words.quick else words.runs)
-                    table(case, record["cases"][case.name])
-            except ChildError as error:
-                record["failed"][case.name] = str(error)
-                say(f"{case.name} FAILED:\n{error}")
-    if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if record["failed"]:
-        raise SystemExit(1)
+    words = arguments(
+        __doc__, "rows in any of our formats; without: longer rows of the bundled grammar", ("lora-135m", "full-135m", "pocket"),
+        ("--curves", "instead of the race: loss curves with each fast path off"),
+        ("--profile", "instead of the race: torch.profiler's table of one pass of ours"),
+    )  # fmt: skip
+
+    def one(bench: Bench, name: str, _: Result) -> Result:
+        case = cases(bench.work, words.quick)[name]
+        if words.profile:
+            found = bench.child("profile", case, {"micro_tokens": 1_024})
+            say(found["table"])
+        elif words.curves:
+            found = curves(bench, case, {"micro_tokens": 1_024})
+            if errors := [run["error"] for runs in found.values() for run in runs if "error" in run]:
+                raise ChildError(errors[0])
+        else:
+            found = measure(bench, case, 1 if words.quick else words.runs)
+            table(case, found)
+        return found
+
+    race(words, Path(__file__).with_name("sft_sides.py"), "tickets of the bundled grammar", one)
 
 
 if __name__ == "__main__":

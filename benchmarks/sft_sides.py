@@ -7,32 +7,15 @@ a target and no input).
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RANK, ALPHA = 16, 32
-SHAPE = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30, "num_attention_heads": 9}
-SHAPE |= {"num_key_value_heads": 3, "max_position_embeddings": 8_192}
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PRECISIONS = {  # name -> (precision of the loaded weights, bf16 autocast)
-    "fp32": ("float32", False),
-    "fp32 under bf16 autocast": ("float32", True),
-    "bf16 under bf16 autocast": ("bfloat16", True),
-    "bf16": ("bfloat16", False),
-}
+from sides import ALPHA, PRECISIONS, RANK, Result, Setting, answer, clock_of, end_of, gemm_of, peak_memory, write_model
+
 START_ROWS = 1_000
-Setting = dict[str, Any]
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,10 +54,6 @@ def recipe_of(case: Case, setting: Setting, out: str) -> dict[str, Any]:
 
 def build(work: Path, data: str, quick: bool) -> Result:
     """Write the rows of all cases, and the model of SmolLM2-135M's shape with a tokenizer trained on the rows."""
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     from tunesmith import pocket
     from tunesmith.core.files import write_jsonl
     from tunesmith.pocket.tickets import training_rows
@@ -87,18 +66,8 @@ def build(work: Path, data: str, quick: bool) -> Result:
     # The demo has one row of general text to six tickets.
     texts = pocket.replay_text().read_text(encoding="utf-8").splitlines()[: 8 if quick else 64]
     write_jsonl(work / "text.jsonl", [json.loads(line) for line in texts])
-    trained = ByteLevelBPETokenizer()
     words = (message["content"] for row in rows for message in row["messages"])
-    trained.train_from_iterator(words, vocab_size=SHAPE["vocab_size"], special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"]
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(work / "model")
-    torch.manual_seed(0)
-    shape = SHAPE | ({"num_hidden_layers": 2} if quick else {})
-    config = LlamaConfig(**shape, tie_word_embeddings=True, rope_theta=100_000.0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(work / "model")
+    _, tokenizer = write_model(work / "model", words, 2 if quick else None)
     return {"rows": len(rows), "vocabulary": len(tokenizer), "start_rows": min(len(rows), START_ROWS)}
 
 
@@ -139,11 +108,6 @@ def prepared(case: Case, setting: Setting) -> Any:
 
     recipe = Recipe(**recipe_of(case, setting, ""))
     return prepare(recipe, load_tokenizer(resolve(case.model), None)).train
-
-
-def end_of(row: Any) -> int:
-    """Tokens of a row up to and including the last trained one."""
-    return int(row.train.nonzero()[0][-1]) + 1
 
 
 def ours(case: Case, setting: Setting) -> Result:
@@ -187,7 +151,7 @@ def trl(case: Case, setting: Setting) -> Result:
     from transformers import AutoModelForCausalLM
     from trl import SFTTrainer
 
-    from tunesmith.model.flops import count, measure_gemm
+    from tunesmith.model.flops import count
     from tunesmith.model.load import resolve
     from tunesmith.model.tokenizer import load_tokenizer
 
@@ -218,15 +182,12 @@ def trl(case: Case, setting: Setting) -> Result:
         trainer.train()
     if counts != {"tokens": sum(map(end_of, rows)), "trained": sum(int((row.train != 0).sum()) for row in rows)}:
         raise SystemExit(f"the peer was fed other tokens than were handed to it: {counts}")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated() / 1e9
+    memory = peak_memory()
     steps = [rows[start : start + case.examples] for start in range(0, len(rows), case.examples)]
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     if len(clock.seconds) != len(steps) or len(log) != len(steps):
         raise SystemExit(f"the peer made {len(clock.seconds)} steps of {len(steps)}")
     work = count(trainer.model.get_base_model() if case.lora else trainer.model)
-    gemm = measure_gemm(trainer.args.device, torch.bfloat16 if autocast or weights == "bfloat16" else torch.float32)
     return {
         "tokens": [sum(map(end_of, step)) for step in steps],
         "trained": [sum(int((row.train != 0).sum()) for row in step) for step in steps],
@@ -235,33 +196,10 @@ def trl(case: Case, setting: Setting) -> Result:
         "losses": [entry["loss"] for entry in log],
         "grad_norms": [entry["grad_norm"] for entry in log],
         "memory_gb": memory,
-        "gemm": {"name": f"{gemm.size}^3 {gemm.dtype}", "flops": gemm.flops},
+        "gemm": gemm_of(trainer.args.device, setting["precision"]),
         "formula": work.formula,
         "threads": torch.get_num_threads(),
     }
-
-
-def clock_of() -> Any:
-    """A callback that times every optimizer step; collating its rows and writing its log are outside."""
-    import torch
-    from transformers import TrainerCallback
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self._began = now()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(now() - self._began)
-
-    return Clock()
 
 
 def sft_config(folder: str, case: Case, batch: int, autocast: bool) -> Any:
@@ -282,7 +220,7 @@ def profile(case: Case, setting: Setting) -> Result:
     import torch
 
     from tunesmith.core.recipe import Recipe
-    from tunesmith.model.policy import build_policy
+    from tunesmith.model.build import build_policy
     from tunesmith.objective import methods
     from tunesmith.training.optim import build_optimizer
     from tunesmith.training.parallel import Ranks
@@ -309,22 +247,5 @@ def profile(case: Case, setting: Setting) -> Result:
     return {"table": profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=45)}
 
 
-KINDS: dict[str, Callable[[Case, Setting], Result]] = {"ours": ours, "trl": trl, "profile": profile}
-
-
-def main() -> None:
-    """Read a job (what, case, setting), do it, write its result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", type=Path)
-    parser.add_argument("result", type=Path)
-    words = parser.parse_args()
-    job = json.loads(words.job.read_text(encoding="utf-8"))
-    if job["what"] == "build":
-        result = build(Path(job["work"]), job["data"], job["quick"])
-    else:
-        result = KINDS[job["what"]](Case(**job["case"]), job["setting"])
-    words.result.write_text(json.dumps(result), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    answer(__doc__, build, Case, {"ours": ours, "trl": trl, "profile": profile})

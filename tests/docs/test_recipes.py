@@ -83,7 +83,10 @@ def fault(words: list[str]) -> str | None:
         return None  # VERB, --help
     if verb not in known:
         return f"unknown verb {verb}"
-    options = {name for parameter in known[verb].params for name in [*parameter.opts, *parameter.secondary_opts]} | {"--help", "-h"}
+    command = known[verb]
+    for word in words[1:]:
+        command = getattr(command, "commands", {}).get(word, command)
+    options = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]} | {"--help", "-h"}
     unknown = [word for word in words[1:] if word.startswith("-") and word.partition("=")[0] not in options]
     return f"{verb} has no {', '.join(unknown)}" if unknown else None
 

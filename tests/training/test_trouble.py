@@ -69,7 +69,7 @@ def test_nan_in_a_loss_stops_the_run_with_the_rows_and_keeps_the_weights(tree, m
         if self.model.training:
             calls.append(batch)
             if len(calls) == 5:
-                return type(outputs)(outputs.logp * float("nan"), outputs.index, outputs.train)
+                return type(outputs)(outputs.logp * float("nan"), outputs.index, outputs.train, outputs.row)
         return outputs
 
     monkeypatch.setattr(Policy, "score", poisoned)

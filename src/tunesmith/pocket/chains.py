@@ -1,7 +1,7 @@
 """The demo's solutions in steps: running sums of small numbers, some with a slip that everything behind it builds on.
 
-A step says the value so far, what is added or taken away, and the result, so that it can be checked from its own words:
-"17 + 5 = 22". Held-out chains have prompts of their own, which are never among those of training.
+A step says the value so far, what is added or taken away, and the result, so that it can be checked from its own words: "7 + 2 = 9".
+Held-out chains have prompts of their own, which are never among those of training.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import Any, Literal
 from tunesmith.core.seed import seed_of
 
 Split = Literal["train", "test"]
-LOWEST, TOP = 10, 30  # the values of a right chain: two digits each, so that a step always has the same shape
-STEPS = (3, 4)  # how many, at least and at most
-LARGEST = 3  # what one step adds or takes away, at most
+TOP = 12  # the largest value of a right chain
+STEPS = (4, 6)  # how many, at least and at most
+CHANGES = (-2, -1, 1, 2)  # what one step adds or takes away
+SLIPS = (-2, -1, 1, 2)  # by how much a wrong result is off
 RIGHT = 0.25  # share of chains without a slip
 
 _HELD_OUT = 5  # one prompt of so many belongs to the held-out chains
+_TRIES = 100  # a row, before it is said that there are no more prompts
 
 
 def chain_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """`count` rows of {"prompt", "completions": steps, "labels": booleans}, no two with the same prompt.
 
-    A label is true as long as no step so far is wrong. The wrong result is off by 1 or by 10, or has its digits swapped; the steps
-    behind it are right sums of that wrong value. The first wrong step is each of the steps equally often.
+    A label is true as long as no step so far is wrong; the steps behind a wrong one are right sums of its wrong value. The slip falls
+    on each step of a chain equally often. Raises ValueError when there are not so many prompts (some 50,000).
     """
     return _rows("train", count, seed)
 
@@ -37,34 +39,28 @@ def held_out_chains(count: int, seed: int) -> list[dict[str, Any]]:
 
 def _rows(split: Split, count: int, seed: int) -> list[dict[str, Any]]:
     random = Random(seed_of(seed, "pocket chains", split))
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    while len(rows) < count:
+    rows: dict[str, dict[str, Any]] = {}
+    for _ in range(_TRIES * count):
+        if len(rows) == count:
+            break
         start, changes = _task(random)
-        prompt = _prompt(start, changes)
-        if prompt in seen or (zlib.crc32(prompt.encode()) % _HELD_OUT == 0) == (split == "train"):
-            continue
-        seen.add(prompt)
-        slip = None if random.random() < RIGHT else _number(random, 0, len(changes) - 1)
-        rows.append({"prompt": prompt, **_solution(start, changes, slip, random)})
-    return rows
+        prompt = " ".join([f"Work out {start}", *(f"{'+' if change > 0 else '-'} {abs(change)}" for change in changes)]) + "."
+        if prompt not in rows and (zlib.crc32(prompt.encode()) % _HELD_OUT == 0) == (split == "test"):
+            slip = None if random.random() < RIGHT else random.randrange(len(changes))
+            rows[prompt] = {"prompt": prompt, **_solution(start, changes, slip, random)}
+    if len(rows) < count:
+        raise ValueError(f"there are not {count} different prompts")
+    return list(rows.values())
 
 
 def _task(random: Random) -> tuple[int, list[int]]:
-    """A first value and what is added to it (or taken away, below 0), step by step; every value stays in LOWEST..TOP."""
-    start = value = _number(random, LOWEST, TOP)
+    """A first value and the changes, step by step; every value stays in 0..TOP."""
+    start = value = random.randint(0, TOP)
     changes: list[int] = []
-    for _ in range(_number(random, *STEPS)):
-        change = 0
-        while not change or not LOWEST <= value + change <= TOP:
-            change = _number(random, -LARGEST, LARGEST)
-        changes.append(change)
-        value += change
+    for _ in range(random.randint(*STEPS)):
+        changes.append(random.choice([change for change in CHANGES if 0 <= value + change <= TOP]))
+        value += changes[-1]
     return start, changes
-
-
-def _prompt(start: int, changes: list[int]) -> str:
-    return " ".join([f"Work out {start}", *(f"{'+' if change > 0 else '-'} {abs(change)}" for change in changes)]) + "."
 
 
 def _solution(start: int, changes: list[int], slip: int | None, random: Random) -> dict[str, Any]:
@@ -72,32 +68,10 @@ def _solution(start: int, changes: list[int], slip: int | None, random: Random) 
     for place, change in enumerate(changes):
         result = value + change
         if place == slip:
-            result = _slip(value, change, changes[place + 1 :], random)
+            # No number of the rest may fall below 0.
+            lowest = -min(0, *(sum(changes[place + 1 : end]) for end in range(place + 2, len(changes) + 2)))
+            result += random.choice([off for off in SLIPS if result + off >= lowest])
         steps.append(f"{value} {'+' if change > 0 else '-'} {abs(change)} = {result}")
         value = result
     right = len(changes) if slip is None else slip
     return {"completions": steps, "labels": [place < right for place in range(len(changes))]}
-
-
-KINDS = ("ten", "swap", "sign")
-
-
-def _slip(value: int, change: int, rest: list[int], random: Random) -> int:
-    """A wrong result, of two digits, as are those that the rest of the chain makes of it."""
-    result = value + change
-    lowest = LOWEST - min(sum(rest[:place]) for place in range(len(rest) + 1))
-    kinds = {"one": [result - 1, result + 1], "ten": [result - 10, result + 10], "swap": [int(str(result)[::-1])], "sign": [value - change]}
-    while True:
-        kind = KINDS[_number(random, 0, len(KINDS) - 1)]
-        near = [number for number in kinds[kind] if number != result and number >= lowest]
-        if near:
-            return _pick(random, near)
-
-
-def _number(random: Random, low: int, high: int) -> int:
-    # random() alone is promised to give the same stream in every Python version.
-    return low + int(random.random() * (high - low + 1))
-
-
-def _pick(random: Random, numbers: list[int]) -> int:
-    return numbers[_number(random, 0, len(numbers) - 1)]
