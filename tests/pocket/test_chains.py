@@ -1,6 +1,7 @@
 """The demo's sums in steps: labels are true up to the first wrong step, and nothing of the held-out chains is trained on."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_labels_say_where_the_first_wrong_sum_is(side):
     for row in rows:
         steps = [read(step) for step in row["completions"]]
         assert row["prompt"] == f"Work out {steps[0][0]} " + " ".join(f"{'+' if c > 0 else '-'} {abs(c)}" for _, c, _ in steps) + "."
-        assert all(before[2] == after[0] for before, after in zip(steps, steps[1:], strict=False))
+        assert all(before[2] == after[0] for before, after in pairwise(steps))
         wrong = [value + change != result for value, change, result in steps]
         assert sum(wrong) <= 1
         first = wrong.index(True) if any(wrong) else len(steps)
