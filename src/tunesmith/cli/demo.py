@@ -16,7 +16,7 @@ Fine-tune the bundled base on support tickets, evaluate before and after, write 
 
   tunesmith demo --out demo
 
-  tunesmith demo --align      # preferences, rewards and step rewards on the same base; a few minutes
+  tunesmith demo --align      # preferences and rewards on the same base; two to three minutes
 """
 
 
@@ -25,9 +25,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for data, run and report")] = Path("demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="train again even if the folder holds a finished demo")] = False,
     seed: Annotated[int, typer.Option(help="seed of data order and adapter")] = 0,
-    with_preferences: Annotated[
-        bool, typer.Option("--align", help="instead: dpo, ipo, simpo, orpo, kto, a reward and a process-reward model")
-    ] = False,
+    with_preferences: Annotated[bool, typer.Option("--align", help="instead: dpo, ipo, simpo, orpo, kto and a reward model")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Run it and print what came out."""

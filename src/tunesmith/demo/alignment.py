@@ -25,14 +25,13 @@ BINS = 5  # of predicted probability, in the table of calibration
 
 @dataclass(frozen=True)
 class Stage:
-    """One run: the objective, the rows it learns from, the stage it starts from, and settings beside those that all share."""
+    """One run: the objective, the rows it learns from, and settings beside those that all share."""
 
     name: str
     objective: dict[str, Any]
     data: str = "pairs"
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: bool = True
-    after: str = ""
 
 
 STAGES = (
@@ -41,8 +40,7 @@ STAGES = (
     Stage("simpo", {"name": "simpo"}, settings={"run": {"neftune_alpha": 10.0}}),
     Stage("orpo", {"name": "orpo", "beta": 3.0}, settings={"optim": {"lr": 2e-3}, "run": {"neftune_alpha": 5.0}}),
     Stage("kto", {"name": "kto"}, data="labels", settings={"optim": {"lr": 3e-4}}),
-    # As a reward model starts from a tuned model: the adapter goes on, under a fresh score head.
-    Stage("reward", {"name": "reward"}, after="dpo"),
+    Stage("reward", {"name": "reward"}, settings={"optim": {"lr": 5e-4}, "run": {"neftune_alpha": 10.0}}),
     Stage("prm", {"name": "prm"}, data="steps", adapter=False, settings={"run": {"epochs": 2, "batch": {"examples": 32}}}),
 )
 
@@ -50,8 +48,8 @@ STAGES = (
 def align(out: str | Path = "demo", *, fresh: bool = False, seed: int = 0, only: Sequence[str] = ()) -> dict[str, Any]:
     """Train the stages on rows that our own grammar writes and measure each before and after on held-out rows; a few minutes on two cores.
 
-    dpo, ipo, simpo, orpo and kto are to prefer helpful answers to rude ones, and so is the reward model; the process-reward model is to
-    find the first wrong step of a sum. No sentence of the held-out answers and no held-out sum occurs in training. `only` names stages.
+    dpo, ipo, simpo, orpo and kto are to prefer helpful answers to rude ones, and so is the reward model; the process-reward model, only
+    when named, is to find the first wrong step of a sum. No sentence of the held-out answers and no held-out sum occurs in training. `only` names stages.
     Returns {"stages": [{"name", "measure", "before", "after", "low", "high", "n", "seconds", "run"}], "calibration": [{"low", "high",
     "n", "predicted", "right"}], "seconds", "report"}.
     """
@@ -61,7 +59,8 @@ def align(out: str | Path = "demo", *, fresh: bool = False, seed: int = 0, only:
     files = write_data(out / "data", seed)
     rows: list[dict[str, Any]] = []
     calibration: list[dict[str, Any]] = []
-    for stage in (stage for stage in STAGES if not only or stage.name in only):
+    # The base of 3 M parameters does not learn to check sums yet (LOG.md): that stage runs when it is named.
+    for stage in (stage for stage in STAGES if stage.name in (only or [s.name for s in STAGES if s.name != "prm"])):
         logger.info("%s", stage.name)
         began = time.perf_counter()
         result = train(recipe_of(stage, files, out / "align" / stage.name, seed), fresh=fresh)
@@ -105,7 +104,7 @@ def recipe_of(stage: Stage, files: dict[str, Path], run: Path, seed: int) -> dic
     held_out = files.get(f"{stage.data}.test")
     return {
         "model": {
-            "base": str(run.parent / stage.after / "final") if stage.after else "pocket",
+            "base": "pocket",
             "dtype": "bf16" if multiplies_bf16(choose_device("auto")) else "fp32",
             "adapter": {"name": "lora", "rank": 16} if stage.adapter else None,
         },
@@ -129,12 +128,12 @@ def measure(stage: Stage, result: dict[str, Any], files: dict[str, Path]) -> tup
     from tunesmith.objective import methods, wanted
 
     kind = stage if stage.name != "kto" else STAGES[0]  # labels are learned, and pairs are what shows it
-    recipe = build(recipe_of(kind, {**files, kind.data: files[f"{kind.data}.test"]}, Path(result["run"]), 0)).recipe
+    recipe = build(recipe_of(kind, {kind.data: files[f"{kind.data}.test"]}, Path(result["run"]), 0)).recipe
     opened = open_model(result["run"])
     prepared = prepare(recipe, opened.tokenizer, wanted=wanted(methods(recipe.objective)))
     rows = list(prepared.train)
     if stage.data == "steps":
-        return _first_slips(opened.policy, rows, result)
+        return _first_slips(opened.policy, rows)
     if stage.name == "kto":
         return 0.5, share(_preferred(opened.policy, rows)), []
     n, start, end = len(rows) // 2, result["start"]["eval/accuracy"], result["metrics"]["eval/accuracy"]
@@ -161,20 +160,21 @@ def _scores(policy: Policy, rows: Sequence[Tokens]) -> list[list[float]]:
     return live_numbers(policy, rows)
 
 
-def _first_slips(policy: Policy, rows: Sequence[Tokens], result: dict[str, Any]) -> tuple[float, Interval, list[dict[str, Any]]]:
-    """How often the first step that the model calls wrong is the first wrong one, in chains that hold one; before: by chance."""
+def _first_slips(policy: Policy, rows: Sequence[Tokens]) -> tuple[float, Interval, list[dict[str, Any]]]:
+    """How often the first step that the model calls wrong is the first wrong one, or none is and none is called so.
+
+    Before training: what calling every step right would get.
+    """
     from tunesmith.evals.stats import share
 
-    del result
-    found, chance = [], []
+    found, sound = [], []
     for row, scores in zip(rows, _scores(policy, rows), strict=True):
         values = row.streams["value"][np.flatnonzero(row.train)]
         slip = next((place for place, value in enumerate(values) if value < 0.5), None)
-        if slip is not None:
-            called = next((place for place, score in enumerate(scores) if score < 0), None)
-            found.append(float(called == slip))
-            chance.append(1 / len(values))
-    return float(np.mean(chance)), share(found), []
+        called = next((place for place, score in enumerate(scores) if score < 0), None)
+        found.append(float(called == slip))
+        sound.append(float(slip is None))
+    return float(np.mean(sound)), share(found), []
 
 
 def _calibration(policy: Policy, rows: Sequence[Tokens]) -> list[dict[str, Any]]:
