@@ -49,7 +49,8 @@ def align(out: str | Path = "demo", *, fresh: bool = False, seed: int = 0, only:
     """Train the stages on rows that our own grammar writes and measure each before and after on held-out rows; a few minutes on two cores.
 
     dpo, ipo, simpo, orpo and kto are to prefer helpful answers to rude ones, and so is the reward model; the process-reward model, only
-    when named, is to find the first wrong step of a sum. No sentence of the held-out answers and no held-out sum occurs in training. `only` names stages.
+    when named, is to find the first wrong step of a sum. No sentence of the held-out answers and no held-out sum occurs in training.
+    `only` names stages.
     Returns {"stages": [{"name", "measure", "before", "after", "low", "high", "n", "seconds", "run"}], "calibration": [{"low", "high",
     "n", "predicted", "right"}], "seconds", "report"}.
     """
