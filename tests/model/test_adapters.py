@@ -5,10 +5,11 @@ import torch
 from peft import PeftModel
 from tiny_models import make_batch, make_model, make_policy, one_by_one
 
-from tunesmith.core import adapters
+from tunesmith.core import adapters, recipe
 from tunesmith.core.errors import ModelError, RecipeError
 from tunesmith.core.load import build
 from tunesmith.model import adapter
+from tunesmith.model.build import try_on
 from tunesmith.model.freeze import freeze
 from tunesmith.model.lora import factors
 
@@ -148,6 +149,10 @@ def test_virtual_tokens_are_shared_by_the_rows_of_a_group():
         (adapters.Lora(ranks={"q_pro": 4}), "no_target", "did you mean 'q_proj'"),
         (adapters.Dora(targets=["nothing"]), "no_target", "this model has: down_proj"),
         (adapters.Vera(targets=["q_prj"]), "no_target", "did you mean 'q_proj'"),
+        (adapters.Lora(targets=["q_proj", "input_layernorm"]), "no_target", "is of class LlamaRMSNorm.* linear layers and embeddings"),
+        (adapters.Dora(targets=["mlp"]), "no_target", "e.g. down_proj, gate_proj, up_proj$"),
+        (adapters.Vera(targets=["embed_tokens"]), "no_target", "'embed_tokens' is of class Embedding"),
+        (adapters.Ia3(targets=["self_attn"]), "no_target", "e.g. k_proj, o_proj, q_proj, v_proj$"),
         (adapters.Ia3(targets=["k_proj"], feedforward=["down_proj"]), "no_target", "is not one of the targets"),
         (adapters.Lora(rank=4, modules_to_save=["lm_head"]), "no_module", "the output head"),
         (adapters.Lora(rank=4, modules_to_save=["input_layernrm"]), "no_target", "did you mean 'input_layernorm'"),
@@ -158,6 +163,20 @@ def test_what_cannot_be_is_refused_with_what_there_is(settings, code, words):
     with pytest.raises(RecipeError, match=words) as caught:
         adapter.attach(make_model(), settings, seed=0, base="nowhere")
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("target", ["input_layernorm", "mlp"])
+def test_a_target_that_is_no_layer_is_found_by_the_shapes_alone(target):
+    with pytest.raises(RecipeError, match=f"'{target}' is of class") as caught:
+        try_on(recipe.Model(base="pocket", adapter=adapters.Lora(targets=[target])))
+    assert (caught.value.code, caught.value.where) == ("no_target", "model.adapter.targets")
+
+
+def test_embeddings_and_heads_may_be_named():
+    for target in ("embed_tokens", "lm_head"):
+        try_on(recipe.Model(base="pocket", adapter=adapters.Lora(targets=[target])))
+        wrapped = adapter.attach(make_model(), adapters.Lora(rank=4, targets=[target]), seed=0, base="nowhere")
+        assert all(target in name for name, p in wrapped.named_parameters() if p.requires_grad)
 
 
 def test_a_prefix_needs_the_packed_layout():

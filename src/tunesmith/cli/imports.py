@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,8 +14,6 @@ def heavy_imports() -> Iterator[None]:
     Thousands of modules are no garbage, and it would walk over all of them again and again: a quarter of the time of importing. Only for
     a process of our own, since whatever is garbage when this ends is never collected.
     """
-    # It tells everyone who imports PEFT about a kernel that could be downloaded.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     gc.disable()
     try:
         yield

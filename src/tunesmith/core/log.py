@@ -17,6 +17,8 @@ def set_up(level: int = logging.INFO) -> None:
         logger.addHandler(_handler)
         logger.propagate = False
     _handler.stream = sys.stderr  # what it is now: a notebook or a test may have put another in its place and closed the old one
+    # bitsandbytes tells everyone who imports PEFT about a kernel that could be downloaded.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logger.setLevel(level if first_rank() else max(level, logging.WARNING))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,8 @@ WHERE = "model.adapter"
 def peft_config(model: Any, settings: kinds.Adapter, base: str) -> Any:
     """PEFT's configuration of an adapter for this model, whose base is kept at `base`.
 
-    Raises RecipeError: no_target (nothing is called so; what there is stands in the remedy), rank_too_large, no_module, no_default.
+    Raises RecipeError: no_target (nothing is called so, or nothing that an adapter can go on; what there is stands in the remedy),
+    rank_too_large, no_module, no_default.
     """
     return _CONFIGS[settings.name](model, settings, base) if settings.name in _CONFIGS else None
 
@@ -37,8 +38,11 @@ def linear_names(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
 
 
-def chosen(model: nn.Module, targets: str | list[str]) -> dict[str, nn.Module]:
-    """The linear layers that `targets` names, by full name. Raises RecipeError `no_target` for a name that matches nothing."""
+def chosen(model: nn.Module, targets: str | list[str], *, embeddings: bool = False) -> dict[str, nn.Module]:
+    """The linear layers that `targets` names, by full name; with `embeddings` it may name embeddings too.
+
+    Raises RecipeError `no_target` for a name that matches nothing, or something that is no such layer.
+    """
     linear = linear_names(model)
     if isinstance(targets, str):
         if not linear:
@@ -46,7 +50,8 @@ def chosen(model: nn.Module, targets: str | list[str]) -> dict[str, nn.Module]:
                 "the model has no linear layer to adapt", where=f"{WHERE}.targets", remedy="train all weights", code="no_target"
             )
         return linear
-    _demand_modules(model, targets, {name.rsplit(".", 1)[-1] for name in linear}, "targets")
+    _demand_modules(model, targets, _last_names(linear), "targets")
+    _demand_layers(model, targets, linear, embeddings=embeddings)
     return {name: module for name, module in linear.items() if any(is_called(name, target) for target in targets)}
 
 
@@ -62,6 +67,28 @@ def _demand_modules(model: nn.Module, names: list[str], known: set[str], setting
             )
 
 
+def _demand_layers(model: nn.Module, names: list[str], linear: dict[str, nn.Module], *, embeddings: bool) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    # A quantised layer of bitsandbytes is an nn.Linear too; the output head, which `linear` leaves out, may be named.
+    fitting = (nn.Linear, Conv1D, nn.Embedding) if embeddings else (nn.Linear, Conv1D)
+    goes_on = "linear layers and embeddings" if embeddings else "linear layers"
+    for wanted in names:
+        for name, module in model.named_modules():
+            if is_called(name, wanted) and not isinstance(module, fitting):
+                known = _last_names(inside for inside in linear if inside.startswith(name + ".")) or _last_names(linear)
+                raise RecipeError(
+                    f"'{wanted}' is of class {type(module).__name__}, and this adapter goes on {goes_on}",
+                    where=f"{WHERE}.targets",
+                    remedy=f"name layers, e.g. {', '.join(sorted(known))}",
+                    code="no_target",
+                )
+
+
+def _last_names(names: Iterable[str]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
 def is_called(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
@@ -69,7 +96,7 @@ def is_called(name: str, target: str) -> bool:
 def more_modules(model: nn.Module, settings: kinds.Adapter) -> list[str]:
     """Further modules to train whole; embeddings and heads, which may be tied and are read by name elsewhere, are not among them."""
     names = list(getattr(settings, "modules_to_save", []))
-    known = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+    known = _last_names(name for name, module in model.named_modules() if name and any(True for _ in module.parameters()))
     _demand_modules(model, names, known, "modules_to_save")
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]  # type: ignore[operator]
     for name, module in model.named_modules():
@@ -87,7 +114,7 @@ def _low_rank(model: Any, settings: kinds.Lora | kinds.Dora, base: str) -> Any:
     from peft import LoraConfig
 
     del base
-    linear = chosen(model, settings.targets)
+    linear = chosen(model, settings.targets, embeddings=True)
     ranks = _own_ranks(linear, settings)
     for name, module in linear.items():
         rank, smaller = next((r for pattern, r in ranks.items() if is_called(name, pattern)), settings.rank), min(_sides(module))
@@ -116,7 +143,7 @@ def _low_rank(model: Any, settings: kinds.Lora | kinds.Dora, base: str) -> Any:
 def _own_ranks(linear: dict[str, nn.Module], settings: kinds.Lora | kinds.Dora) -> dict[str, int]:
     for pattern, rank in settings.ranks.items():
         if rank < 1 or not any(is_called(name, pattern) for name in linear):
-            known = {name.rsplit(".", 1)[-1] for name in linear}
+            known = _last_names(linear)
             raise RecipeError(
                 f"no adapted layer is called '{pattern}'{did_you_mean(pattern, known)}" if rank >= 1 else f"rank {rank} for '{pattern}'",
                 where=f"{WHERE}.ranks",
@@ -175,7 +202,7 @@ def _ia3(model: Any, settings: kinds.Ia3, base: str) -> Any:
         raise RecipeError(
             "this model's keys, values and feed-forward layers have no name that is known",
             where=f"{WHERE}.targets",
-            remedy=f"name them; this model has: {', '.join(sorted({name.rsplit('.', 1)[-1] for name in linear}))}",
+            remedy=f"name them; this model has: {', '.join(sorted(_last_names(linear)))}",
             code="no_default",
         )
     known = chosen(model, targets)
