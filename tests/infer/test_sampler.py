@@ -15,7 +15,8 @@ from tunesmith.core.errors import DataError, RecipeError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Fast, Recipe
 from tunesmith.core.types import Batch, Segment
-from tunesmith.infer.sampler import TransformersSampler, generating, pick
+from tunesmith.infer.draw import Asked, draw
+from tunesmith.infer.sampler import TransformersSampler, generating
 from tunesmith.model.adapter import attach
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
@@ -141,7 +142,11 @@ def test_impossible_settings_and_empty_prompts_fail_at_the_door(tokenizer: PreTr
         sampler.sample([[]], SampleSettings())
 
 
-def test_pick_cuts_what_it_should_and_follows_the_probabilities() -> None:
+def pick(logits: torch.Tensor, uniform: torch.Tensor, settings: SampleSettings) -> torch.Tensor:
+    return torch.tensor(draw(logits, [Asked(settings)] * len(logits), uniform.tolist()).tokens)
+
+
+def test_a_draw_cuts_what_it_should_and_follows_the_probabilities() -> None:
     probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
     grid = (torch.arange(4000) + 0.5) / 4000
     logits = probabilities.log().expand(4000, 4)

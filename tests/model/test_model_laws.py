@@ -102,7 +102,7 @@ def test_untrained_tokens_have_no_gradient(packed):
 def test_recomputing_activations_changes_nothing(packed, dtype):
     model = make_model()
     policy = make_policy(model, packed=packed, layer=False)
-    policy.dtype, policy._autocast = dtype, dtype == torch.bfloat16
+    policy.dtype, policy.autocast = dtype, dtype == torch.bfloat16
     policy.train_mode(True)
     calls = []
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -163,7 +163,7 @@ def test_full_bf16_keeps_fp32_weights_and_stays_near():
     """The plain decoder layers under autocast; the fused ones have tests of their own."""
     exact = make_policy(make_model(), layer=False)
     policy = make_policy(make_model(), layer=False)
-    policy.dtype, policy._autocast = torch.bfloat16, True
+    policy.dtype, policy.autocast = torch.bfloat16, True
     policy.train_mode(True)
     outputs = policy.score(BATCH)
     assert outputs.logp.dtype == torch.float32

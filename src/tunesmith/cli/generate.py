@@ -1,4 +1,4 @@
-"""`tunesmith generate` and `tunesmith chat`: what a model says."""
+"""`tunesmith generate`: what a model says to prompts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,13 @@ Sample completions: one JSON line per prompt.
 
   tunesmith generate runs/mine --prompt "My card was charged twice." --greedy
 
-  tunesmith generate pocket --raw --prompt "Once upon a time" --max-new-tokens 40
+  tunesmith generate pocket --raw --prompt "Once upon a time" --max-new-tokens 40 --stop "."
 
-  tunesmith generate runs/mine --prompts prompts.jsonl -n 4 --temperature 0.8
+  tunesmith generate runs/mine --prompts prompts.jsonl -n 4 --temperature 0.8 --top-p 0.9
+
+  tunesmith generate pocket --lora a=runs/a --lora b=runs/b --prompts prompts.jsonl   (rows name theirs: "adapter": "a")
 """
-
-CHAT = """
-Talk with a model in the terminal; an empty line or Ctrl-D ends it.
-
-[bold]Example[/]
-
-  tunesmith chat runs/mine
-"""
+LORA = "NAME=FOLDER, again for more: LoRA adapters that rows choose from; the first is the default"
 
 
 @app.command(help=EXAMPLE)
@@ -35,7 +30,8 @@ def generate(
     model: Annotated[str, typer.Argument(help="hub id, folder, run folder or pocket")],
     prompt: Annotated[str | None, typer.Option(help="one prompt")] = None,
     prompts: Annotated[Path | None, typer.Option(help='JSON lines of {"prompt": ...} or {"messages": [...]}')] = None,
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter folder to put on the model")] = None,
+    adapter: Annotated[str | None, typer.Option(help="adapter folder to put on the model, of any kind")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help=LORA)] = None,
     template: Annotated[str, typer.Option(help="auto, a named template, or a Jinja file")] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="no chat template: continue the text")] = False,
     greedy: Annotated[bool, typer.Option("--greedy", help="always the likeliest token")] = False,
@@ -43,8 +39,17 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: off")] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option(min=-2.0, max=2.0)] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(min=-2.0, max=2.0)] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="a text that ends an answer, again for more")] = None,
+    top_logprobs: Annotated[int, typer.Option(min=0, help="likeliest tokens reported at every place")] = 0,
     n: Annotated[int, typer.Option("-n", min=1, help="completions per prompt")] = 1,
     seed: Annotated[int, typer.Option()] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="answers sampled at a time")] = 64,
+    int8: Annotated[bool, typer.Option("--int8", help="products in 8 bits: faster on a CPU, coarser")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="the output is JSON lines in any case")] = False,
 ) -> None:
@@ -54,50 +59,38 @@ def generate(
     from tunesmith.core.ports import SampleSettings
     from tunesmith.evals.opening import open_model
     from tunesmith.infer.generate import generate as sample
-    from tunesmith.infer.generate import read_prompts
+    from tunesmith.infer.generate import read_adapters, read_prompts
 
     del as_json
     log.set_up()
     if (prompt is None) == (prompts is None):
         raise RecipeError("give either --prompt or --prompts", where="tunesmith generate", remedy='e.g. --prompt "Hello"', code="usage")
+    folders = named_folders(lora)
     wanted: list[Any] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
-    settings = SampleSettings(max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, n, seed)
-    opened = open_model(model, adapter=adapter, template="none" if raw else template, device=device)
-    for row in sample(opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw):
+    settings = SampleSettings(
+        max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, n, seed, min_p, repetition_penalty, frequency_penalty,
+        presence_penalty, stop=tuple(stop or ()), top_logprobs=top_logprobs, adapter=next(iter(folders), None),
+    )  # fmt: skip
+    named = [settings.adapter] if prompts is None else read_adapters(prompts, settings.adapter)
+    opened = open_model(model, adapter=adapter, template="none" if raw else template, dtype=dtype, device=device)
+    rows = sample(
+        opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named if folders else (), folders=folders,
+        int8=int8, max_rows=batch,
+    )  # fmt: skip
+    for row in rows:
         say(row)
 
 
-@app.command(help=CHAT)
-def chat(
-    model: Annotated[str, typer.Argument(help="hub id, folder, run folder or pocket")],
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter folder to put on the model")] = None,
-    template: Annotated[str, typer.Option(help="auto, a named template, or a Jinja file")] = "auto",
-    system: Annotated[str | None, typer.Option(help="system message")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.7,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-) -> None:
-    """Read a line, answer, and keep the conversation."""
-    from tunesmith.core import log
-    from tunesmith.core.ports import SampleSettings
-    from tunesmith.core.types import Message
-    from tunesmith.evals.opening import open_model
-    from tunesmith.infer.generate import generate as sample
+def named_folders(given: list[str] | None) -> dict[str, str]:
+    """NAME=FOLDER by name. Raises RecipeError `usage` for anything else."""
+    from tunesmith.core.errors import RecipeError
 
-    log.set_up()
-    opened = open_model(model, adapter=adapter, template=template, device=device)
-    messages = [Message("system", system)] if system else []
-    while True:
-        try:
-            said = input("you> ")
-        except EOFError:
-            return
-        if not said.strip():
-            return
-        messages.append(Message("user", said))
-        settings = SampleSettings(max_new_tokens, temperature, seed=seed + len(messages))
-        [row] = sample(opened.policy, opened.tokenizer, opened.template, [messages], settings)
-        answer = row["completions"][0]["text"]
-        messages.append(Message("assistant", answer))
-        typer.echo(f"{typer.style('model>', fg='green')} {answer}")
+    out = {}
+    for text in given or ():
+        name, sign, folder = text.partition("=")
+        if not (name and sign and folder) or name in out:
+            raise RecipeError(
+                f"'{text}' is not NAME=FOLDER with a name of its own", where="--lora", remedy="e.g. --lora a=runs/a", code="usage"
+            )
+        out[name] = folder
+    return out

@@ -226,12 +226,17 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled answer: text without the stop token, ids with it, log-probabilities of ids, why it ended."""
+    """One sampled answer: text without what stopped it, ids with it, log-probabilities of ids, why it ended.
+
+    The log-probabilities are the model's own: temperature 1, nothing cut off, nothing added. top_logprobs: (id, log-probability) of the
+    likeliest tokens at every place, where asked for. A cancelled answer keeps what it had.
+    """
 
     text: str
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    stop_reason: Literal["stop", "length"]
+    stop_reason: Literal["stop", "length", "cancelled"]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

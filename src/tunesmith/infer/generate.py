@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import DataError, TemplateError
+from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Source
-from tunesmith.core.types import Message, Prompt, Row
+from tunesmith.core.types import Completion, Message, Prompt, Row
 from tunesmith.data import render
 from tunesmith.data.formats import turns
 from tunesmith.data.formats.messages import read_turns
 from tunesmith.data.problem import Problem
 from tunesmith.data.sources import read
 from tunesmith.data.template import ChatTemplate, apply
+from tunesmith.infer.engine import MAX_ROWS, Engine, unfit
 from tunesmith.infer.sampler import TransformersSampler
 from tunesmith.model.policy import Policy
 from tunesmith.model.reward import no_language_head
@@ -24,46 +27,84 @@ Ask = str | Prompt | Sequence[Message]
 
 
 def generate(
-    policy: Policy, tokenizer: Any, template: ChatTemplate, prompts: Sequence[Ask], settings: SampleSettings, *, raw: bool = False
+    policy: Policy,
+    tokenizer: Any,
+    template: ChatTemplate,
+    prompts: Sequence[Ask],
+    settings: SampleSettings,
+    *,
+    raw: bool = False,
+    adapters: Sequence[str | None] = (),
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """For every prompt the JSON row of `tunesmith generate`: {"prompt", "completions": [{"text", "ids", "logprobs", "stop_reason"}]}.
 
     A prompt is one user turn (str), a list of messages, or a Prompt (which may offer tools). raw hands the text to the tokenizer as
-    it is, without the template, and stops at the end-of-text token only. Logprobs are the model's own, at temperature 1.
+    it is, without the template, and stops at the end-of-text token only. Logprobs are the model's own, at temperature 1. `adapters`: for
+    every prompt the name of one of those in `folders`; `options` are those of `sampler_for`. Each completion has "top_logprobs"
+    too where they are asked for: [[id, log-probability], ...] at every place.
     Raises DataError for messages in raw mode, and what rendering and sampling raise.
     """
     ids = [raw_ids(prompt, tokenizer) if raw else prompt_ids(prompt, tokenizer, template) for prompt in prompts]
-    rows = (raw_sampler(policy, tokenizer) if raw else chat_sampler(policy, tokenizer, template)).sample(ids, settings)
+    sampler = raw_sampler(policy, tokenizer, **options) if raw else chat_sampler(policy, tokenizer, template, **options)
+    if isinstance(sampler, Engine) and adapters:
+        rows = sampler.sample(ids, [replace(settings, adapter=name) for name in adapters])
+    else:
+        rows = sampler.sample(ids, settings)
     return [
         {
             "prompt": prompt if isinstance(prompt, str) else [message.as_dict() for message in as_prompt(prompt).messages],
-            "completions": [
-                {"text": one.text, "ids": list(one.ids), "logprobs": list(one.logprobs), "stop_reason": one.stop_reason} for one in row
-            ],
+            "completions": [_as_json(one) for one in row],
         }
         for prompt, row in zip(prompts, rows, strict=True)
     ]
 
 
-def chat_sampler(policy: Policy, tokenizer: Any, template: ChatTemplate) -> TransformersSampler:
-    """A sampler that answers chats: it stops where the template ends a turn, and uses the attention that the model came with."""
-    stops, lead = render.stop_ids(template, tokenizer), lead_of(template, tokenizer)
-    _demand_words(policy)
-    return TransformersSampler(policy.model, tokenizer, stop_ids=stops, lead=lead, attention=policy.own_attention)
+def _as_json(one: Completion) -> dict[str, Any]:
+    out = {"text": one.text, "ids": list(one.ids), "logprobs": list(one.logprobs), "stop_reason": one.stop_reason}
+    return {**out, "top_logprobs": [[list(pair) for pair in place] for place in one.top_logprobs]} if one.top_logprobs else out
 
 
-def _demand_words(policy: Policy) -> None:
-    if policy.scalar:
-        raise no_language_head()
+def chat_sampler(policy: Policy, tokenizer: Any, template: ChatTemplate, **options: Any) -> Engine | TransformersSampler:
+    """A sampler that answers chats: it stops where the template ends a turn. `options` are those of `sampler_for`."""
+    return sampler_for(policy, tokenizer, render.stop_ids(template, tokenizer), lead_of(template, tokenizer), **options)
 
 
-def raw_sampler(policy: Policy, tokenizer: Any) -> TransformersSampler:
+def raw_sampler(policy: Policy, tokenizer: Any, **options: Any) -> Engine | TransformersSampler:
     """A sampler that continues text: it stops at the end-of-text tokens that the tokenizer and the model's configuration name."""
     named = policy.causal.generation_config.eos_token_id if policy.causal.generation_config is not None else None
     listed = named if isinstance(named, list) else [named]
     stops = [int(token) for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]
-    _demand_words(policy)
-    return TransformersSampler(policy.model, tokenizer, stop_ids=stops, attention=policy.own_attention)
+    return sampler_for(policy, tokenizer, stops, **options)
+
+
+def sampler_for(
+    policy: Policy,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    lead: str = "",
+    *,
+    max_rows: int = MAX_ROWS,
+    int8: bool = False,
+    keep_fronts: int = 0,
+    folders: Mapping[str, str] | None = None,
+) -> Engine | TransformersSampler:
+    """The engine with the adapters of `folders`, or its plain twin for a model that the engine cannot run (a line of the log says so).
+
+    Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` where the twin cannot do what is asked for.
+    """
+    if policy.scalar:
+        raise no_language_head()
+    reason = unfit(policy)
+    if policy.alone_from is not None:
+        reason = f"beyond {policy.alone_from} tokens its positions depend on the length of the whole text"
+    if reason and not (int8 or folders):
+        logger.info("sampling goes the plain way: %s", reason)
+        return TransformersSampler(policy.model, tokenizer, stop_ids=stop_ids, lead=lead, attention=policy.own_attention)
+    engine = Engine(policy, tokenizer, stop_ids=stop_ids, lead=lead, max_rows=max_rows, int8=int8, keep_fronts=keep_fronts)
+    for name, folder in (folders or {}).items():
+        engine.adapters.load(name, folder)
+    return engine
 
 
 def lead_of(template: ChatTemplate, tokenizer: Any) -> str:
@@ -94,6 +135,11 @@ def read_prompts(path: str | Path) -> list[Ask]:
             raise DataError(row.message, where=row.key, remedy=row.remedy, code=row.code)
         out.append(_ask(row, key))
     return out
+
+
+def read_adapters(path: str | Path, default: str | None) -> list[str | None]:
+    """The adapter that each row of a prompts file names ("adapter"; null: the base), else the default."""
+    return [row.get("adapter", default) for _, row in read(Source(path=str(path))) if not isinstance(row, Problem)]
 
 
 def _ask(row: Row, key: str) -> Ask:

@@ -1,4 +1,4 @@
-"""Sampling through transformers' own `generate`, with our draw, our stops and our log-probabilities."""
+"""The engine's plain twin: sampling through transformers' own `generate`, with our draw, our stops and our log-probabilities."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
@@ -17,6 +18,8 @@ from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
+from tunesmith.infer.draw import Asked, Drawn, check_settings, draw
+from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.attention import NAME as OUR_ATTENTION
 from tunesmith.model.positions import alone_from
 from tunesmith.model.virtual import front_of, ids_in_front, is_prefix
@@ -28,12 +31,12 @@ class _Request:
 
     place: int
     ids: tuple[int, ...]
-    uniform: Tensor
+    uniform: np.ndarray[Any, np.dtype[np.float64]]
     room: int
 
 
 class TransformersSampler:
-    """Continues prompts with a transformers causal language model, many at a time.
+    """Continues prompts with a transformers causal language model, many at a time; for models that the engine cannot run, and to prove it.
 
     Prompts are padded on the left and batched by length up to batch_tokens (prompt and answer together). Every completion draws
     from its own random stream, named by the seed, the prompt's ids, its count among equal prompts and its number of n; so it depends
@@ -61,7 +64,12 @@ class TransformersSampler:
         Near the model's context limit a completion gets the room that is left, and stops with "length".
         Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings.
         """
-        _check(settings)
+        check_settings(settings)
+        if settings.adapter is not None:
+            raise RecipeError(
+                f"the plain sampler cannot change to the adapter '{settings.adapter}'", where="adapter", remedy="open it as the model",
+                code="unknown_adapter",
+            )  # fmt: skip
         limit = context_limit(self.model)
         limit = None if limit is None else limit - front_of(self.model)
         requests = _requests(prompts, settings, limit)
@@ -95,69 +103,57 @@ class TransformersSampler:
         for row, request in enumerate(batch):
             ids[row, width - len(front) - len(request.ids) :] = torch.tensor([*front, *request.ids])
             mask[row, width - len(front) - len(request.ids) :] = 1
-        draw = _Draw(torch.stack([request.uniform for request in batch]).to(device), settings)
+        stops = frozenset((*self.stop_ids, *settings.stop_ids))
+        draws = _Draw(batch, settings)
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=batch[0].room,
-            eos_token_id=list(self.stop_ids) or None,
+            eos_token_id=sorted(stops) or None,
             pad_token_id=pad,
             use_cache=True,
         )
-        made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=[draw])
-        answers = made[:, width:].tolist()
-        logps = torch.stack(draw.logps, dim=1).tolist()
+        made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, logits_processor=[draws])
         return [
-            self._completion(request, answer[: request.room], logp) for request, answer, logp in zip(batch, answers, logps, strict=True)
+            self._completion(request, answer[: request.room], row, [drawn.logprobs[row] for drawn in draws.drawn], draws, stops)
+            for row, (request, answer) in enumerate(zip(batch, made[:, width:].tolist(), strict=True))
         ]
 
-    def _completion(self, request: _Request, answer: list[int], logp: list[float]) -> Completion:
-        end = next((place for place, token in enumerate(answer) if token in self.stop_ids), None)
+    def _completion(
+        self, request: _Request, answer: list[int], row: int, logp: list[float], draws: _Draw, stops: frozenset[int]
+    ) -> Completion:
+        growing = Growing(self.tokenizer, request.ids, stops=draws.settings.stop, lead=self.lead)
+        end, cut = None, False
+        for place, token in enumerate(answer):
+            cut = token not in stops and bool(draws.settings.stop) and growing.add(token)
+            if cut or token in stops:
+                end = place
+                break
         kept = answer if end is None else answer[: end + 1]
-        text = continuation(self.tokenizer, request.ids, kept if end is None else kept[:-1])
-        return Completion(text.removeprefix(self.lead), tuple(kept), tuple(logp[: len(kept)]), "length" if end is None else "stop")
+        said = kept[:-1] if kept and kept[-1] in stops else kept
+        text = growing.text if cut else continuation(self.tokenizer, request.ids, said).removeprefix(self.lead)
+        tops = tuple(drawn.tops[row] for drawn in draws.drawn[: len(kept)]) if draws.settings.top_logprobs else ()
+        return Completion(text, tuple(kept), tuple(logp[: len(kept)]), "length" if end is None else "stop", tops)
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Chooses each row's next token, keeps the model's log-probability of it, and leaves `generate` nothing else to choose."""
+    """Chooses each row's next token, keeps what was drawn, and leaves `generate` nothing else to choose."""
 
-    def __init__(self, uniform: Tensor, settings: SampleSettings) -> None:
-        self.uniform = uniform
+    def __init__(self, batch: list[_Request], settings: SampleSettings) -> None:
         self.settings = settings
-        self.logps: list[Tensor] = []
+        self.drawn: list[Drawn] = []
+        self._uniform = [request.uniform for request in batch]
+        self._asked = [Asked(settings, frozenset(request.ids)) for request in batch]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 (the interface's signature)
-        logits = scores.float()
         # On a GPU `generate` may look one step past the end before it notices; that step's draw is thrown away.
-        step = min(len(self.logps), self.uniform.shape[1] - 1)
-        token = pick(logits, self.uniform[:, step], self.settings)
-        self.logps.append(torch.log_softmax(logits, dim=-1).gather(1, token[:, None])[:, 0])
+        step = min(len(self.drawn), len(self._uniform[0]) - 1)
+        found = draw(scores.float(), self._asked, [float(uniform[step]) for uniform in self._uniform])
+        for asked, one in zip(self._asked, found.tokens, strict=True):
+            asked.counts[one] += 1
+        self.drawn.append(found)
+        token = torch.tensor(found.tokens, device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
-
-
-def pick(logits: Tensor, uniform: Tensor, settings: SampleSettings) -> Tensor:
-    """The next token [B] of logits [B, V] at uniform [B] in 0..1, by inversion of the cumulative distribution.
-
-    Temperature first, then top_k, then top_p (the smallest set of likeliest tokens whose probability reaches top_p; Holtzman 2020,
-    arXiv:1904.09751). The sum runs in vocabulary order in float64, so a near tie cannot reorder it.
-    """
-    if settings.temperature == 0:
-        return logits.argmax(dim=-1)
-    warm = logits.double() / settings.temperature
-    if 0 < settings.top_k < warm.shape[-1]:
-        least = warm.topk(settings.top_k, dim=-1).values[:, -1:]
-        warm = warm.masked_fill(warm < least, -torch.inf)
-    if settings.top_p < 1:
-        order = warm.argsort(dim=-1, descending=True, stable=True)
-        probability = warm.gather(1, order).softmax(dim=-1)
-        # A token is out when those before it already reach top_p; the first one never is.
-        out = probability.cumsum(dim=-1) - probability >= settings.top_p
-        out[:, 0] = False
-        warm = warm.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
-    total = warm.softmax(dim=-1).cumsum(dim=-1)
-    place = torch.searchsorted(total, (uniform.double() * total[:, -1])[:, None], right=True)[:, 0]
-    # Rounding may reach the very end of the line; the last token that has any probability stands there.
-    return place.minimum((total >= total[:, -1:]).int().argmax(dim=-1))
 
 
 @contextlib.contextmanager
@@ -197,30 +193,6 @@ def context_limit(model: Any) -> int | None:
     return int(limit) if limit else None
 
 
-def continuation(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> str:
-    """The text that the answer's ids add to the prompt's: decoded after the prompt's last token, so that no leading blank is lost."""
-    if not answer:
-        return ""
-    words = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before = str(tokenizer.decode(list(prompt[-1:]), **words))
-    both = str(tokenizer.decode([*prompt[-1:], *answer], **words))
-    return both[len(before) :] if both.startswith(before) else str(tokenizer.decode(list(answer), **words))
-
-
-def _check(settings: SampleSettings) -> None:
-    rules = (
-        ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
-        ("temperature", settings.temperature >= 0, "0 (greedy) or more"),
-        ("top_p", 0 < settings.top_p <= 1, "above 0 and at most 1 (off)"),
-        ("top_k", settings.top_k >= 0, "0 (off) or more"),
-        ("n", settings.n >= 1, "at least 1"),
-    )
-    for name, fine, wanted in rules:
-        if not fine:
-            value = vars(settings)[name]
-            raise RecipeError(f"{name} is {value}, which no sampler can do", where=name, remedy=f"use {wanted}", code="bad_setting")
-
-
 def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit: int | None) -> list[_Request]:
     out: list[_Request] = []
     seen: Counter[tuple[int, ...]] = Counter()
@@ -239,7 +211,7 @@ def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit:
         name = content_hash(ids)
         for index in range(settings.n):
             numbers = stream(settings.seed, "sample", name, seen[ids], index).random(room)
-            out.append(_Request(len(out), ids, torch.from_numpy(numbers), room))
+            out.append(_Request(len(out), ids, numbers, room))
         seen[ids] += 1
     return out
 

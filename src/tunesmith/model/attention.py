@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from tunesmith.core.errors import BugError
 from tunesmith.model.bucket_attention import bucket_attention
 from tunesmith.model.layout import Layout
 from tunesmith.model.virtual import prefix_of
+
+if TYPE_CHECKING:
+    from tunesmith.model.cached import Feed
 
 NAME = "tunesmith"
 _PACKED: ContextVar[bool] = ContextVar("tunesmith_packed", default=False)
@@ -90,33 +93,41 @@ def attend(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    tunesmith_layout: Layout | None = None,
+    tunesmith_layout: Layout | Feed | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document of the layout; the function transformers calls in every layer.
+    """Causal attention inside each document of the layout, or over cached rows; the function transformers calls in every layer.
 
     Raises LayoutError for what cannot be done per document; the load-time probe then chooses the padded layout.
     """
     if tunesmith_layout is None:
         return _outside(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, position_bias, rest)
-    window = window_of(attention_mask, sliding_window, tunesmith_layout)
     if position_bias is not None:
         raise LayoutError("position bias")
-    if query.shape[0] != 1 or query.shape[2] != tunesmith_layout.total or key.shape[2] != query.shape[2]:
-        raise LayoutError(f"query {tuple(query.shape)}, key {tuple(key.shape)}")
     if torch.is_autocast_enabled(query.device.type):  # rotary angles in fp32 leave query and key wider than value
         query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if not isinstance(tunesmith_layout, Layout):
+        form = Form(scale, softcap=softcap, sinks=s_aux)
+        return tunesmith_layout.of_module(module, query, key, value, attention_mask, sliding_window, form), None
+    window = window_of(attention_mask, sliding_window, tunesmith_layout)
+    if query.shape[0] != 1 or query.shape[2] != tunesmith_layout.total or key.shape[2] != query.shape[2]:
+        raise LayoutError(f"query {tuple(query.shape)}, key {tuple(key.shape)}")
     if (prefix := prefix_of(module, tunesmith_layout)) is not None:
         key, value = prefix.put(int(module.layer_idx), key, value, tunesmith_layout)  # type: ignore[arg-type]
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     form = Form(scale, window, dropout if module.training else 0.0, softcap, s_aux)
+    return attend_documents(query, key, value, tunesmith_layout, form), None
+
+
+def attend_documents(query: Tensor, key: Tensor, value: Tensor, layout: Layout, form: Form) -> Tensor:
+    """Causal attention inside each document by the fastest way that can do it: [1, H, N, D] and [1, K, N, D] to [1, N, H, D]."""
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and form.simple and query.shape[-1] == value.shape[-1]:
-        return _varlen(query, key, value, tunesmith_layout, form), None
-    return _documents(query, key, value, tunesmith_layout, form), None
+        return _varlen(query, key, value, layout, form)
+    return _documents(query, key, value, layout, form)
 
 
 def _outside(
@@ -133,7 +144,7 @@ def _outside(
     return out, None
 
 
-def window_of(marker: Tensor | None, sliding_window: int | None, layout: Layout) -> int:
+def window_of(marker: Tensor | None, sliding_window: int | None, layout: Layout | Feed) -> int:
     """The layer's window, 0 where no document is longer; raises LayoutError for any other mask than a causal one with a window."""
     if marker is None or marker.numel() != 1 or marker.is_floating_point():
         raise LayoutError("the mask did not come through AttentionMaskInterface")
@@ -197,16 +208,28 @@ def one_document(query: Tensor, key: Tensor, value: Tensor, form: Form, layout: 
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return out.transpose(1, 2)
+    return attend_plainly(query, key, value, form, layout.sight(number, form.window)).transpose(1, 2)
+
+
+def attend_plainly(query: Tensor, key: Tensor, value: Tensor, form: Form, sight: Tensor) -> Tensor:
+    """Attention of any form by plain differentiable operations; `sight`, true where a query may look, broadcasts to [B, H, N, M].
+
+    query [B, H, N, D], key and value [B, K, M, D], result [B, H, N, D].
+    """
+    if form.softcap is None and form.sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=sight, scale=form.scale, dropout_p=form.dropout, enable_gqa=query.shape[1] != key.shape[1]
+        )
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * form.scale
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = scores.masked_fill(~layout.sight(number, form.window), float("-inf"))
+    scores = scores.masked_fill(~sight, float("-inf"))
     if form.sinks is not None:  # a learned score per head that takes part in the softmax and carries no value
-        sinks = form.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, length, 1)
+        sinks = form.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
     else:
         weights = torch.softmax(scores, -1)
     weights = F.dropout(weights.to(query.dtype), form.dropout)
-    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2)
+    return weights @ value.repeat_interleave(group, 1)

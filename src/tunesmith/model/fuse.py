@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model import lora, quant
+from tunesmith.model import cached_layer, lora, quant
 from tunesmith.model.attention import window_of
+from tunesmith.model.cached import Feed
+from tunesmith.model.cached_layer import Part, Ready
 from tunesmith.model.copies import Copies
 from tunesmith.model.fused_layer import PROJECTIONS, Plan, fused_layer, rotary_tables
 from tunesmith.model.layer_ops import Linear, wide
 from tunesmith.model.layout import Layout
+from tunesmith.model.products import product
 from tunesmith.model.virtual import PREFIX
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -23,19 +27,28 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 @dataclass(slots=True)
 class Fused:
-    """What a fused layer carries: the dtype of its products, copies of weights in it, whether it is the last, whether it recomputes."""
+    """What a fused layer carries: the dtype of its products, copies of weights in it, whether it is the last, whether it recomputes.
+
+    `path` names the layer in the model. For sampling: whether its products run in int8, and what is made ready at its first call.
+    """
 
     dtype: torch.dtype
     copies: Copies
     last: bool
+    path: str = ""
     recompute: bool = False
+    int8: bool = False
+    ready: Ready | None = None
 
 
 def fuse(model: nn.Module, dtype: torch.dtype, copies: Copies) -> int:
     """Give every decoder layer of a known family the fused forward with products in `dtype`; returns how many."""
     layers = decoder_layers(model)
+    inside: Any = model
+    inside = inside.get_base_model() if hasattr(model, "get_base_model") else model
+    paths = {id(module): name for name, module in inside.named_modules()}
     for layer in layers:
-        layer.tunesmith = Fused(dtype, copies, last=layer is layers[-1])
+        layer.tunesmith = Fused(dtype, copies, last=layer is layers[-1], path=paths[id(layer)])
         layer.forward = types.MethodType(_forward, layer)
     return len(layers)
 
@@ -49,6 +62,19 @@ def unfuse(model: nn.Module) -> None:
     """Give the decoder layers transformers' own forward back."""
     for layer in fused_layers(model):
         del layer.forward, layer.tunesmith
+
+
+def make_ready(model: nn.Module, *, int8: bool) -> None:
+    """Let the fused layers sample with products in int8 or not, made ready at their first call."""
+    for layer in fused_layers(model):
+        if layer.tunesmith.int8 != int8:
+            layer.tunesmith.int8, layer.tunesmith.ready = int8, None
+
+
+def forget_ready(model: nn.Module) -> None:
+    """Drop what was made ready for sampling: weights have moved, or their memory is wanted."""
+    for layer in fused_layers(model):
+        layer.tunesmith.ready = None
 
 
 def recompute(model: nn.Module, count: int) -> None:
@@ -102,7 +128,7 @@ def _forward(
     past_key_values: Any = None,
     use_cache: bool | None = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
-    tunesmith_layout: Layout | None = None,
+    tunesmith_layout: Layout | Feed | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """The signature of transformers' decoder layers; sampling and layers with dropout in their adapter go its own way."""
@@ -118,10 +144,77 @@ def _forward(
         )  # fmt: skip
         return out
     with torch.autocast("cpu", enabled=False):
+        if isinstance(tunesmith_layout, Feed):
+            y = _sample(self, linears, tunesmith_layout, hidden_states[0], position_embeddings, attention_mask)
+            return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
         plan, parameters = _plan(self, linears, tunesmith_layout, position_embeddings, attention_mask)
         y = fused_layer(hidden_states[0].to(wide(plan.dtype)), plan, *parameters)
         # What follows the last layer (a norm, perhaps transformers' own head) finds the dtype that it knows.
         return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
+
+
+def _sample(
+    layer: Any,
+    linears: dict[str, tuple[nn.Linear, lora.Factors | None]],
+    feed: Feed,
+    x: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    marker: Tensor | None,
+) -> Tensor:
+    """The layer over cached rows; what it needs is made ready once for all calls until `forget_ready`."""
+    fused = layer.tunesmith
+    if fused.ready is None:
+        fused.ready = _ready(layer, linears)
+    window = window_of(marker, getattr(layer.self_attn, "sliding_window", None), feed)
+    rotary = cached_layer.rotary_of(*position_embeddings, feed, fused.dtype)
+    return cached_layer.forward(x.to(wide(fused.dtype)), fused.ready, feed, rotary, window)
+
+
+def _ready(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> Ready:
+    attention, fused = layer.self_attn, layer.tunesmith
+    norms = [n.weight for n in (layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention))]
+    first, second, *heads = (fused.copies.of(weight, fused.dtype) for weight in norms)
+    parts = [_part(layer, group, linears) for group in cached_layer.GROUPS]
+    width = attention.head_dim
+    return Ready(
+        number=int(attention.layer_idx),
+        dtype=fused.dtype,
+        eps=layer.input_layernorm.variance_epsilon,
+        first_norm=first,
+        second_norm=second,
+        head_norms=(heads[0], heads[1]) if heads else None,
+        attention=parts[0],
+        output=parts[1],
+        inner=parts[2],
+        down=parts[3],
+        heads=linears["q_proj"][0].out_features // width,
+        keys=linears["k_proj"][0].out_features // width,
+        scale=float(attention.scaling),
+    )
+
+
+def _part(layer: Any, names: tuple[str, ...], linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> Part:
+    fused, chosen = layer.tunesmith, [linears[name] for name in names]
+    paths = [f"{fused.path}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in names]
+    spans = cached_layer.spans_of(paths, [base.out_features for base, _ in chosen])
+    biases = [None if base.bias is None else base.bias.detach() for base, _ in chosen]
+    if fused.int8 or all(quant.kind_of(base) is None for base, _ in chosen):
+        way = product([quant.weight_of(base, fused.dtype).detach() for base, _ in chosen], biases, fused.dtype, int8=fused.int8)
+    else:  # unpacked in every call: slower than a dense copy, which would take the memory that the base was quantised to save
+        way = partial(_unpacking, [base for base, _ in chosen], biases, fused.dtype)
+    adapted = [(span, factors) for span, (_, factors) in zip(spans.values(), chosen, strict=True) if factors is not None]
+    if not adapted:
+        return Part(spans, way)
+    of = fused.copies.of
+    ranks = cached_layer.spans_of([str(i) for i in range(len(adapted))], [len(factors.a) for _, factors in adapted])
+    seconds = tuple(
+        (span, rank, of(factors.b, fused.dtype, factors.scale)) for (span, factors), rank in zip(adapted, ranks.values(), strict=True)
+    )
+    return Part(spans, way, torch.cat([of(factors.a, fused.dtype) for _, factors in adapted]), seconds)
+
+
+def _unpacking(bases: list[Any], biases: Sequence[Tensor | None], dtype: torch.dtype, x: Tensor) -> Tensor:
+    return product([quant.weight_of(base, dtype) for base in bases], biases, dtype, packed=False)(x)
 
 
 def _linears(layer: Any) -> dict[str, tuple[nn.Linear, lora.Factors | None]] | None:

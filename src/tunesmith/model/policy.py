@@ -54,8 +54,8 @@ class Policy:
         self.own_attention: str = self.causal.config._attn_implementation
         self._neftune = 0.0
         self._lengths: Tensor | None = None
-        self._alone_from = alone_from(self.causal.config)
-        self._autocast = (
+        self.alone_from = alone_from(self.causal.config)
+        self.autocast = (
             dtype != torch.float32
             and any(p.requires_grad and p.dtype == torch.float32 for p in self.causal.parameters())
             and not self.adapted
@@ -65,7 +65,8 @@ class Policy:
         embedding.register_forward_hook(self._add_noise)
         gradients.attach(embedding)
         self.virtual = Virtual(model, self.causal, self.vocabulary) if front_of(model) else None
-        self._copies = Copies()
+        self.copies = Copies()
+        self.cached: str | None = None  # why its rows cannot be cached while sampling; "" where they can, None before that was tried
 
     @property
     def adapted(self) -> bool:
@@ -110,7 +111,7 @@ class Policy:
         virtual = self.virtual if self.virtual is not None and self.virtual.at_work else None
         whole = batch if virtual is None else virtual.lengthen(batch)
         parts, order = [], []
-        for one in passes(whole, self.device, self.layout, side=self.side, alone_from=self._alone_from, at=at, sharing=self.sharing):
+        for one in passes(whole, self.device, self.layout, side=self.side, alone_from=self.alone_from, at=at, sharing=self.sharing):
             if virtual is not None:
                 virtual.mark(one.layout)
             parts.append(values_of(one, whole))
@@ -128,8 +129,8 @@ class Policy:
         if self.head == "plain":
             return plain_logprobs(rows, targets)
         output = self.causal.get_output_embeddings()
-        dtype = self.dtype if self._autocast or self.layers == "fused" else rows.dtype
-        narrow = self._copies.of(output.weight, dtype)
+        dtype = self.dtype if self.autocast or self.layers == "fused" else rows.dtype
+        narrow = self.copies.of(output.weight, dtype)
         return token_logprobs(rows, output.weight, output.bias, targets, self.head_form, dtype, narrow)
 
     def _scores(self, one: Pass) -> Tensor:
@@ -145,16 +146,16 @@ class Policy:
         self._lengths = one.lengths
         masks = attention.packed_masks() if one.layout is not None else contextlib.nullcontext()
         try:
-            with masks, torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            with masks, torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 if self.head == "fast" or self.scalar:
-                    out: Tensor = self._decoder()(input_ids=one.ids, use_cache=False, **one.arguments).last_hidden_state
+                    out: Tensor = self.decoder()(input_ids=one.ids, use_cache=False, **one.arguments).last_hidden_state
                 else:
                     out = self.causal(input_ids=one.ids, use_cache=False, **one.arguments).logits
         finally:
             self._lengths = None
         return out
 
-    def _decoder(self) -> Any:
+    def decoder(self) -> Any:
         """The part below the head; some classes answer `get_decoder` with themselves."""
         found = self.causal.get_decoder()
         return self.causal.model if found is self.causal else found
@@ -178,7 +179,7 @@ class Policy:
         for parameter in self.parameters_by_name().values():
             parameter.requires_grad_(id(parameter) not in resting)
         self.resting = resting
-        self._copies.drop()
+        self.copies.drop()
 
     def train_mode(self, on: bool) -> None:
         """Dropout, noise and checkpointing on or off."""
@@ -193,19 +194,21 @@ class Policy:
         try:
             # A reward model's rows do not go through PEFT's forward, which it would try to exchange.
             off = self.virtual.switched_off() if self.virtual is not None and self.scalar else self.model.disable_adapter()
+            fuse.forget_ready(self.model)
             with off:
                 yield
         finally:
+            fuse.forget_ready(self.model)
             for parameter in frozen:  # PEFT would train all of an adapter that it switches on again
                 parameter.requires_grad_(False)
 
     def fuse_layers(self) -> int:
         """Let the decoder layers run fused where they can; returns how many do."""
-        return fuse.fuse(self.model, self.dtype, self._copies)
+        return fuse.fuse(self.model, self.dtype, self.copies)
 
     def steady(self) -> contextlib.AbstractContextManager[None]:
         """A promise that no weight moves while it is open; copies of weights in the dtype of the products are then kept."""
-        return self._copies.holding()
+        return self.copies.holding()
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Any]:
@@ -288,7 +291,7 @@ class Policy:
     def estimate(self, tokens: int, longest: int) -> memory.Estimate:
         """What a micro-batch of `tokens` tokens takes, in documents of at most `longest`."""
         way: memory.Way = "lora" if self.lora == "fused" or self.dtype == torch.float32 else "peft"
-        if self._autocast:
+        if self.autocast:
             way = "autocast"
         if self.layers == "fused" and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()):
             way = "fused"

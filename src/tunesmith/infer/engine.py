@@ -1,0 +1,388 @@
+"""The sampling engine: continuous batching over cached rows, on the very modules and weights that are trained.
+
+Requests wait in line; whoever fits into the batch and the cache is let in, its prompt goes through the model once (copies of a prompt, and
+fronts that another row has in the cache, not even that), and from then on every step gives each row in the batch one more token. A row
+that ends makes room at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
+
+import torch
+
+from tunesmith.core.errors import DataError, RecipeError
+from tunesmith.core.log import logger
+from tunesmith.core.ports import SampleSettings
+from tunesmith.core.seed import stream
+from tunesmith.core.types import Completion, content_hash
+from tunesmith.infer.draw import Asked, check_settings, draw
+from tunesmith.infer.request import Front, Piece, Request, Row, common
+from tunesmith.infer.sampler import context_limit
+from tunesmith.infer.text import Growing, continuation
+from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
+from tunesmith.model.many_adapters import ManyAdapters
+from tunesmith.model.memory import free_bytes
+from tunesmith.model.next_token import NextToken
+from tunesmith.model.policy import Policy
+from tunesmith.model.probe import FAILURES
+
+MAX_ROWS = 64  # sampled at a time
+PROMPT_TOKENS = 2048  # new tokens of prompts that go through the model at once
+HEADROOM = 64  # positions that a new row gets beyond its prompt, so that it need not move at once
+WORTH = 16  # a front in the cache that is shorter than this is not looked for
+CACHE_SHARE = 0.5  # of the memory that is free when the engine starts, for keys and values
+
+
+class Engine:
+    """Samples from a policy, many requests at a time; the `Sampler` of evaluation, chat, reinforcement and serving.
+
+    `sample` answers a list of prompts; `submit`, `step` and `cancel`, or `stream`, answer requests that come and go. What a request
+    draws depends on its seed, prompt and number alone, not on what else is in the batch, up to rounding: products of matrices round
+    differently for different numbers of rows, so that where two tokens are almost equally likely (in fp32 within about 1e-6 of a logit, in
+    bf16 within about 1e-2) another one may come. Log-probabilities are the model's own, at temperature 1.
+
+    `stop_ids` end every answer, `lead` (what a template writes between prompt and answer) is left out of its text. `max_rows` rows are
+    sampled at a time; `cache_tokens` positions of keys and values are kept at most (None: what half of the free memory holds).
+    `int8`: products in 8 bits, faster and coarser (fused layers on a CPU only). `keep_fronts`: so many finished rows keep their keys and
+    values, so that a request that goes on from one of them (the next turn of a chat, a shared system prompt) need not repeat it; only
+    for weights that do not move.
+    Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` for an architecture that needs the plain sampler.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int] = (),
+        lead: str = "",
+        max_rows: int = MAX_ROWS,
+        cache_tokens: int | None = None,
+        int8: bool = False,
+        keep_fronts: int = 0,
+    ) -> None:
+        if reason := unfit(policy):
+            raise RecipeError(
+                f"the engine cannot run this model: {reason}", where="model", remedy="use TransformersSampler", code="no_engine"
+            )
+        if max_rows < 1:
+            raise RecipeError(f"max_rows is {max_rows}", where="max_rows", remedy="use at least 1", code="bad_setting")
+        self.policy, self.tokenizer, self.lead = policy, tokenizer, lead
+        self._next = NextToken(policy, int8=int8)
+        self.stop_ids = tuple(dict.fromkeys(int(token) for token in stop_ids))
+        if keep_fronts and policy.parameters_by_name():
+            raise RecipeError(
+                "fronts are kept for weights that do not move, and these are trained",
+                where="keep_fronts",
+                remedy="use 0",
+                code="bad_setting",
+            )
+        self.max_rows, self.keep_fronts = max_rows, keep_fronts
+        self.cache_tokens = cache_tokens or positions_that_fit(policy)
+        self.adapters = ManyAdapters(policy, self._wanted)
+        self._cache = Cache(self.cache_tokens)
+        self._waiting: deque[Row] = deque()
+        self._active: dict[int, Row] = {}
+        self._fronts: deque[Front] = deque(maxlen=keep_fronts)
+        self._numbers = itertools.count()
+        limit = context_limit(policy.model)
+        self._front = list(range(policy.vocabulary, policy.vocabulary + policy.virtual.count)) if policy.virtual is not None else []
+        self.limit = None if limit is None else limit - len(self._front)
+
+    def sample(self, prompts: Sequence[Sequence[int]], settings: SampleSettings | Sequence[SampleSettings]) -> list[list[Completion]]:
+        """For every prompt (token ids, not empty), `settings.n` completions, in the order given; one setting for all, or one for each.
+
+        Equal prompts draw their own numbers. Nothing is kept from earlier calls, so that weights may have moved in between.
+        Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings.
+        """
+        each = [settings] * len(prompts) if isinstance(settings, SampleSettings) else list(settings)
+        if len(each) != len(prompts):
+            raise RecipeError(
+                f"{len(each)} settings for {len(prompts)} prompts", where="settings", remedy="give one for each, or one for all"
+            )
+        self.forget()
+        seen: Counter[tuple[int, ...]] = Counter()
+        requests = []
+        for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            ids = tuple(int(token) for token in prompt)
+            requests.append(self._request(ids, own, where=f"prompt {number}", twin=seen[ids], live=False))
+            seen[ids] += 1
+        try:
+            for rows in requests:
+                self._waiting.extend(rows)
+            with self._next.ready():
+                while self._waiting or self._active:
+                    self._step()
+        finally:
+            self.forget()
+        return [[one for one in rows[0].request.completions if one is not None] for rows in requests]
+
+    def submit(self, prompt: Sequence[int], settings: SampleSettings) -> Request:
+        """Put a request in line. Raises DataError and RecipeError as `sample`."""
+        rows = self._request(tuple(int(token) for token in prompt), settings, where="prompt", twin=0, live=True)
+        self._waiting.extend(rows)
+        return rows[0].request
+
+    def step(self) -> bool:
+        """Let in who fits and give every row one more token; False when there is nothing to do."""
+        if not (self._waiting or self._active):
+            return False
+        with self._next.ready():
+            self._step()
+        return True
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; its completions keep what they have, with the reason "cancelled"."""
+        for row in [row for row in (*self._active.values(), *self._waiting) if row.request is request]:
+            self._finish(row, "cancelled")
+        self._waiting = deque(row for row in self._waiting if row.request is not request)
+
+    def stream(self, prompt: Sequence[int], settings: SampleSettings) -> Generator[Piece, None, None]:
+        """The pieces of an answer as they come; leaving the loop early cancels the rest."""
+        request = self.submit(prompt, settings)
+        try:
+            while not request.done or request.pieces:
+                while request.pieces:
+                    yield request.pieces.popleft()
+                if not request.done:
+                    self.step()
+        finally:
+            self.cancel(request)
+
+    def forget(self) -> None:
+        """Drop all rows, requests in line and kept fronts, and give the cache's memory back."""
+        for request in {row.request for row in (*self._active.values(), *self._waiting)}:
+            self.cancel(request)
+        self._fronts.clear()
+        self._cache = Cache(self.cache_tokens)
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How many rows are sampled and wait, positions spoken for, bytes of the cache, and kept fronts."""
+        return {
+            "active": len(self._active), "waiting": len(self._waiting), "cached": self._cache.held(), "cache_bytes": self._cache.bytes(),
+            "fronts": len(self._fronts),
+        }  # fmt: skip
+
+    def _request(self, ids: tuple[int, ...], settings: SampleSettings, *, where: str, twin: int, live: bool) -> list[Row]:
+        """The rows of a request, checked; a live one is told piece by piece."""
+        check_settings(settings, self.policy.vocabulary)
+        if not ids:
+            raise DataError("the prompt has no tokens", where=where, remedy="give at least one token", code="empty_prompt")
+        if (odd := next((token for token in ids if not 0 <= token < self.policy.vocabulary), None)) is not None:
+            raise DataError(
+                f"the token id {odd} lies outside the vocabulary of {self.policy.vocabulary}", where=where,
+                remedy="use the tokenizer that belongs to this model", code="bad_token",
+            )  # fmt: skip
+        room = settings.max_new_tokens if self.limit is None else min(settings.max_new_tokens, self.limit - len(ids))
+        if room < 1:
+            raise DataError(
+                f"the prompt has {len(ids)} tokens and the model's context {self.limit}", where=where, remedy="shorten the prompt",
+                code="prompt_too_long",
+            )  # fmt: skip
+        longest = self.policy.alone_from
+        if longest is not None and len(ids) + room > longest:
+            raise DataError(
+                f"beyond {longest} tokens this model's positions depend on the length, which a cache cannot follow", where=where,
+                remedy=f"shorten the prompt, or set max_new_tokens to at most {longest - len(ids)}", code="prompt_too_long",
+            )  # fmt: skip
+        if settings.adapter is not None:
+            self.adapters.demand(settings.adapter)
+        request = Request(ids, settings, [None] * settings.n, live)
+        name, stops = content_hash(ids), frozenset((*self.stop_ids, *settings.stop_ids))
+        rows = []
+        for index in range(settings.n):
+            numbers = stream(settings.seed, "sample", name, twin, index).random(room)
+            text = Growing(self.tokenizer, ids, stops=settings.stop, lead=self.lead) if live or settings.stop else None
+            asked = Asked(settings, frozenset(ids) if settings.repetition_penalty != 1 else frozenset())
+            whole = [*self._front, *ids]
+            rows.append(Row(next(self._numbers), request, index, whole, len(whole), room, numbers, asked, stops, text))
+        return rows
+
+    def _step(self) -> None:
+        self._admit()
+        prompts = [row for row in self._active.values() if len(row.ids) - row.past > 1]
+        while prompts:
+            prompts = self._read_prompts(prompts)
+        if self._active:
+            self._next_tokens()
+
+    def _admit(self) -> None:
+        """Let rows in, in the order in which they came, while there is room in the batch and in the cache."""
+        while self._waiting and len(self._active) < self.max_rows:
+            row = self._waiting[0]
+            length = len(row.ids) + min(HEADROOM, row.room - len(row.logprobs))
+            if not self._cache.fits(length) or not self.adapters.make_active(row.adapter, self._names()):
+                return
+            self._waiting.popleft()
+            self._cache.add(row.number, length)
+            row.past = 0
+            self._active[row.number] = row
+
+    def _wanted(self) -> set[str]:
+        return self._names() | {row.adapter for row in self._waiting if row.adapter is not None}
+
+    def _names(self) -> set[str]:
+        return {row.adapter for row in self._active.values() if row.adapter is not None}
+
+    def _read_prompts(self, rows: list[Row]) -> list[Row]:
+        """Send the next part of these rows' prompts through the model, as many as go at once; returns those that are not through."""
+        later, parts, taken = [], [], 0
+        begun: list[Row] = []
+        for row in rows:
+            donor = self._like(row, begun) if row.past == 0 else None
+            if donor is not None:
+                later.append(row)  # once the other is through, its keys and values are copied
+                continue
+            if row.past == 0:
+                self._copy_front(row)
+            missing = len(row.ids) - row.past
+            if missing == 1:
+                continue  # goes with the next tokens
+            count = min(missing, max(PROMPT_TOKENS - taken, 0), max(PROMPT_TOKENS, len(self._front)))
+            if count < min(missing, WORTH):
+                later.append(row)
+                continue
+            begun.append(row)
+            parts.append((row, count))
+            taken += count
+        if not parts:
+            return later
+        feed = Prompts(
+            self._cache, [(row.number, row.ids[row.past : row.past + count], row.past) for row, count in parts], self.policy.device,
+            len(self._front),
+        )  # fmt: skip
+        by_number = {row.number: (row, count) for row, count in parts}
+        through = []
+        for place, number in enumerate(feed.rows):
+            row, count = by_number[number]
+            if row.past + count == len(row.ids):
+                through.append((place, row))
+            else:
+                later.append(row)
+        self._advance(feed, through, {row.number: count for row, count in parts})
+        return [row for row in later if row.number in self._active]
+
+    def _like(self, row: Row, others: Sequence[Row]) -> Row | None:
+        """A row whose prompt goes through the model now and begins as this one does, so that waiting for it saves most of the work."""
+        return next((other for other in others if other.adapter == row.adapter and 2 * common(other.ids, row.ids) > len(row.ids)), None)
+
+    def _copy_front(self, row: Row) -> None:
+        """Take over the longest front of the row's ids that another row, or a kept front, has in the cache; one token stays to be read."""
+        most = len(row.ids) - 1
+        best, source = WORTH - 1, None
+        fronts: list[Row | Front] = [front for front in self._fronts if front.version == self.adapters.version(row.adapter)]
+        for other in [*fronts, *self._active.values()]:
+            if other is not row and other.adapter == row.adapter and (found := min(common(other.ids[: other.past], row.ids), most)) > best:
+                best, source = found, other
+        if source is None:
+            return
+        if isinstance(source, Row):
+            self._cache.share(row.number, source.number, best)
+        else:
+            self._cache.give(row.number, source.kept, best)
+        row.past = best
+
+    def _next_tokens(self) -> None:
+        """One more token for every row; rows whose slot cannot grow go back to the line."""
+        for row in sorted(self._active.values(), key=lambda row: row.number):
+            while row.number in self._active and not self._cache.widen(row.number, len(row.ids)):
+                self._put_back(max(self._active.values(), key=lambda other: other.number))
+        tokens = {row.number: (row.ids[-1], row.past) for row in self._active.values()}
+        try:
+            feed = NextTokens(self._cache, tokens, self.policy.device)
+            self._advance(feed, [(place, self._active[number]) for place, number in enumerate(feed.rows)], dict.fromkeys(tokens, 1))
+        except torch.OutOfMemoryError:
+            if len(self._active) == 1:
+                raise
+            self.max_rows = len(self._active) // 2
+            logger.info("out of memory while sampling %d rows at once: going on with %d", len(self._active), self.max_rows)
+            for row in sorted(self._active.values(), key=lambda row: -row.number)[: len(self._active) - self.max_rows]:
+                self._put_back(row)
+            torch.cuda.empty_cache()
+
+    def _put_back(self, row: Row) -> None:
+        """Take a row out of the batch; it will read its prompt and what it has said once more when there is room again."""
+        self._cache.drop(row.number)
+        del self._active[row.number]
+        self._waiting.appendleft(row)
+
+    def _advance(self, feed: Feed, rows: Sequence[tuple[int, Row]], counts: dict[int, int]) -> None:
+        """The forward pass of a feed with so many tokens of each row, and a token drawn for the rows at these places of it."""
+        feed.mix = self.adapters.mix(feed, [self._active[number].adapter for number in feed.rows])
+        with self.adapters.at_work(feed.mix):
+            last = feed.last if len(rows) == len(feed.rows) else feed.last[torch.tensor([p for p, _ in rows], dtype=torch.long)]
+            logits = self._next.logits(feed, last)
+        for number, count in counts.items():  # not before: an interrupted pass leaves keys half written
+            self._active[number].past += count
+        if not rows:
+            return
+        numbers = [float(row.uniform[len(row.logprobs)]) for _, row in rows]
+        drawn = draw(logits, [row.asked for _, row in rows], numbers)
+        for (_, row), token, logprob, top in zip(rows, drawn.tokens, drawn.logprobs, drawn.tops, strict=True):
+            self._take(row, token, logprob, top)
+
+    def _take(self, row: Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
+        """Give a row its token, and end the row where it ends."""
+        row.ids.append(token)
+        row.logprobs.append(logprob)
+        if row.request.settings.top_logprobs:
+            row.tops.append(top)
+        row.asked.counts[token] += 1
+        if token in row.stops or (row.text is not None and row.text.add(token)):
+            self._finish(row, "stop")
+        elif len(row.logprobs) == row.room:
+            self._finish(row, "length")
+        elif row.text is not None and row.request.live:
+            row.request.pieces.append(Piece(row.index, row.text.ready(), (token,), (logprob,)))
+
+    def _finish(self, row: Row, reason: Literal["stop", "length", "cancelled"]) -> None:
+        """The row's completion; its slot is free at once."""
+        answer = row.answer
+        if row.text is not None:
+            text = row.text.text
+        else:
+            said = answer[:-1] if answer and answer[-1] in row.stops else answer
+            text = continuation(self.tokenizer, row.request.prompt, said).removeprefix(self.lead)
+        done = Completion(text, tuple(answer), tuple(row.logprobs), reason, tuple(row.tops))
+        row.request.completions[row.index] = done
+        if row.request.live and row.text is not None:
+            new = slice(len(answer), None) if reason == "cancelled" else slice(len(answer) - 1, None)
+            row.request.pieces.append(Piece(row.index, row.text.ready(end=True), tuple(answer[new]), tuple(row.logprobs[new]), done))
+        if row.number in self._active:
+            if self.keep_fronts and row.past >= WORTH:
+                kept = self._cache.take(row.number, row.past)
+                self._fronts.append(Front(row.ids[: row.past], row.past, row.adapter, self.adapters.version(row.adapter), kept))
+            self._cache.drop(row.number)
+            del self._active[row.number]
+
+
+def positions_that_fit(policy: Policy) -> int:
+    """How many positions of keys and values take the engine's share of the memory that is free now, by the model's configuration."""
+    config = policy.causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * width * policy.dtype.itemsize
+    return max(1024, int(CACHE_SHARE * free_bytes(policy.device) / each))
+
+
+def unfit(policy: Policy) -> str:
+    """Why the engine cannot run a model ("" if it can): its attention is not ours, or reading token by token changes its numbers.
+
+    The second is tried once for a policy, on a few short documents.
+    """
+    if policy.layout != "packed":
+        return "its attention does not go through ours"
+    if policy.cached is None:
+        try:
+            gap = NextToken(policy).proof()
+            # Written so that NaN is refused.
+            fine = gap <= (0.05 if policy.dtype == torch.bfloat16 else 1e-3)
+            policy.cached = "" if fine else f"reading token by token changes its log-probabilities by {gap:.1e}"
+        except FAILURES as error:
+            policy.cached = f"reading token by token fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return policy.cached

@@ -1,0 +1,92 @@
+"""A request and its answers in the making."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tunesmith.core.ports import SampleSettings
+from tunesmith.core.types import Completion
+from tunesmith.infer.draw import Asked
+from tunesmith.infer.text import Growing
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added to an answer: its number among the request's, text that is certain, tokens; at the end the whole completion."""
+
+    index: int
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    done: Completion | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt that is being answered, `settings.n` times: what has come so far, and the completions that are done (None: not yet)."""
+
+    prompt: tuple[int, ...]
+    settings: SampleSettings
+    completions: list[Completion | None]
+    live: bool = False
+    pieces: deque[Piece] = field(default_factory=deque)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return all(one is not None for one in self.completions)
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One answer in the making.
+
+    `ids` are those of the virtual front, the prompt and the answer so far; the cache holds the first `past` of them.
+    """
+
+    number: int
+    request: Request
+    index: int
+    ids: list[int]
+    start: int
+    room: int
+    uniform: np.ndarray[Any, np.dtype[np.float64]]
+    asked: Asked
+    stops: frozenset[int]
+    text: Growing | None
+    past: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[self.start :]
+
+    @property
+    def adapter(self) -> str | None:
+        return self.request.settings.adapter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Front:
+    """Keys and values of a row that has ended, for requests that begin as it did."""
+
+    ids: list[int]
+    past: int
+    adapter: str | None
+    version: int
+    kept: dict[int, tuple[Tensor, Tensor]]
+
+
+def common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    size = min(len(left), len(right))
+    if left[:size] == right[:size]:
+        return size
+    return next(i for i in range(size) if left[i] != right[i])

@@ -1,0 +1,81 @@
+"""A conversation with a model: its turns, streamed answers, and a change of adapter in between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tunesmith.core.ports import SampleSettings
+from tunesmith.core.types import Completion, Message
+from tunesmith.data.template import ChatTemplate
+from tunesmith.infer.engine import Engine
+from tunesmith.infer.generate import chat_sampler, prompt_ids
+from tunesmith.model.policy import Policy
+
+FRONTS = 4  # turns whose keys and values are kept: the next prompt begins with one of them
+
+
+class Talk:
+    """One conversation. Turns draw from seeds that follow one another, so that a talk with the same words can be had again.
+
+    An answer that is broken off keeps its words in the talk. Raises what opening and rendering raise.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        template: ChatTemplate,
+        settings: SampleSettings,
+        *,
+        system: str | None = None,
+        folders: Mapping[str, str] | None = None,
+        int8: bool = False,
+    ) -> None:
+        fronts = 0 if policy.parameters_by_name() else FRONTS
+        self._sampler = chat_sampler(policy, tokenizer, template, int8=int8, keep_fronts=fronts, folders=folders)
+        self._tokenizer, self._template = tokenizer, template
+        self.settings = settings
+        self._system = [Message("system", system)] if system else []
+        self.messages = list(self._system)
+
+    def say(self, text: str) -> Generator[str, None, None]:
+        """The pieces of the answer to a user's turn; leaving early keeps what was said."""
+        messages = [*self.messages, Message("user", text)]
+        ids = prompt_ids(messages, self._tokenizer, self._template)
+        settings = replace(self.settings, seed=self.settings.seed + len(messages))
+        done: Completion | None = None
+        said = ""
+        if isinstance(self._sampler, Engine):
+            pieces = self._sampler.stream(ids, settings)
+            try:
+                for piece in pieces:
+                    said += piece.text
+                    if piece.text:
+                        yield piece.text
+                    done = piece.done
+            finally:
+                pieces.close()
+                self.messages = [*messages, Message("assistant", done.text if done is not None else said)]
+            return
+        [[done]] = self._sampler.sample([ids], settings)
+        self.messages = [*messages, Message("assistant", done.text)]
+        yield done.text
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with another adapter, or with the base. Raises RecipeError `unknown_adapter`."""
+        if adapter is not None and isinstance(self._sampler, Engine):
+            self._sampler.adapters.demand(adapter)
+        self.settings = replace(self.settings, adapter=adapter)
+
+    def reset(self) -> None:
+        """Forget the talk, but for its system message."""
+        self.messages = list(self._system)
+
+    def undo(self) -> bool:
+        """Take back the last turn of user and model; False when there is none."""
+        if len(self.messages) == len(self._system):
+            return False
+        self.messages = self.messages[:-2]
+        return True

@@ -1,0 +1,115 @@
+"""A whole decoder layer over cached rows, without gradients: the sampling side of `fused_layer`, for the same families on a CPU.
+
+The same arithmetic as the trainer's layer: products in `dtype`, norms and the residual stream in fp32. Query, key and value are one
+product, gate and up another. N new tokens, E hidden size, H query heads, K key heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.model.attention import Form
+from tunesmith.model.cached import Feed
+from tunesmith.model.layer_ops import gate, rms_norm, wide
+from tunesmith.model.products import Way
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Projections on one input: their paths in the model, their product, where each one's outputs stand, and the layer's own adapter.
+
+    Of the adapter A is joined; B stands with the part of the joined ranks that it reads.
+    """
+
+    spans: dict[str, slice]
+    product: Way
+    a: Tensor | None = None
+    b: tuple[tuple[slice, slice, Tensor], ...] = ()
+
+    def __call__(self, x: Tensor, feed: Feed) -> Tensor:
+        y = self.product(x)
+        if self.a is not None:
+            small = x.to(self.a.dtype) @ self.a.t()
+            for span, rank, b in self.b:
+                y[:, span] += small[:, rank] @ b.t()
+        if feed.mix is not None:
+            feed.mix.add(self.spans, x, y)
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a layer's sampling forward reads: norms in `dtype`, the four products, and the form of its attention."""
+
+    number: int
+    dtype: torch.dtype
+    eps: float
+    first_norm: Tensor
+    second_norm: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
+    attention: Part
+    output: Part
+    inner: Part
+    down: Part
+    heads: int
+    keys: int
+    scale: float
+
+
+def forward(x: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
+    """The layer's output [N, E] from its input [N, E], both wide; keys and values go into the feed's cache."""
+    h, _, _ = rms_norm(x, ready.first_norm, ready.eps)
+    joined = ready.attention(h, feed)
+    turned = ready.heads + ready.keys
+    width = joined.shape[1] // (turned + ready.keys)
+    joined = joined.view(len(x), -1, width)
+    both = joined[:, :turned]
+    if ready.head_norms is not None:
+        query, _, _ = rms_norm(both[:, : ready.heads].to(wide(ready.dtype)), ready.head_norms[0], ready.eps)
+        key, _, _ = rms_norm(both[:, ready.heads :].to(wide(ready.dtype)), ready.head_norms[1], ready.eps)
+        both = torch.cat([query, key], 1)
+    both = both.to(ready.dtype)
+    both = turn(both, rotary)
+    value = joined[:, turned:].to(ready.dtype)
+    form = Form(ready.scale, window)
+    attended = feed.attend(ready.number, both[:, : ready.heads], both[:, ready.heads :], value, form)
+    x = x + ready.output(attended.reshape(len(x), -1), feed)
+    h, _, _ = rms_norm(x, ready.second_norm, ready.eps)
+    inner = ready.inner(h, feed)
+    half = inner.shape[1] // 2
+    return x.add_(ready.down(gate(inner[:, :half], inner[:, half:]), feed))
+
+
+def turn(rows: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rows [N, heads, D] turned by their positions: a * cos + (a with its halves exchanged) * signed sin (Su 2021, arXiv:2104.09864)."""
+    half = rows.shape[2] // 2
+    exchanged = torch.cat([rows[..., half:], rows[..., :half]], -1)
+    return (rows * rotary[0]).addcmul_(exchanged, rotary[1])
+
+
+def rotary_of(cos: Tensor, sin: Tensor, feed: Feed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin [N, 1, D] in `dtype` from transformers' [1, N, D], worked out once for all layers that share them."""
+    name = ("rotary", cos.data_ptr(), sin.data_ptr(), dtype)
+    if name not in feed.kept:
+        half = sin.shape[2] // 2
+        signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
+        pair = (cos[0, :, None].to(dtype), signed[:, None].to(dtype))
+        feed.kept[name] = (pair, (cos, sin))  # held, so that no other tensor takes their address while it is a name
+    found: tuple[tuple[Tensor, Tensor], Any] = feed.kept[name]
+    return found[0]
+
+
+def spans_of(names: Sequence[str], sizes: Sequence[int]) -> dict[str, slice]:
+    """Where each name's columns stand when they lie side by side."""
+    out, start = {}, 0
+    for name, size in zip(names, sizes, strict=True):
+        out[name] = slice(start, start + size)
+        start += size
+    return out

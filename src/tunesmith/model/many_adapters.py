@@ -1,0 +1,348 @@
+"""Many LoRA adapters on one base, a row at a time: each row of a batch goes through the adapter that its request names.
+
+The adapters in use stand side by side in stacks, so that all rows of a forward pass take two batched products a projection, whatever their
+adapters are (Chen 2023, arXiv:2310.18547, does so with one kernel). Adapters that nobody uses now wait in host memory.
+N tokens, S places in the stacks, R rank, G groups of tokens with the same adapter, m tokens of the largest group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
+from tunesmith.core.log import logger
+from tunesmith.model import quant
+from tunesmith.model.cached import Feed, Prompts
+from tunesmith.model.layout import send
+from tunesmith.model.policy import Policy
+from tunesmith.model.tokenizer import adapter_base, resolve
+
+MOST_ACTIVE = 64
+MANY = 256  # tokens from which groups go one by one: filling them up to the largest would cost more than it saves
+_PREFIX = "base_model.model."
+
+
+class Factors:
+    """One adapter: A [R, in] and B [out, R] (times its scale) by the path of the layer, in the dtype of the products."""
+
+    def __init__(self, folder: str, version: int, layers: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.folder, self.version, self.layers = folder, version, layers
+
+
+class Stack:
+    """The adapters' factors for layers on one input: A [S, sum of ranks, in] joined, B [S, out, R] by layer; zeros where one has none."""
+
+    def __init__(
+        self, paths: Sequence[str], adapters: Sequence[Factors | None], shapes: Mapping[str, tuple[int, int]], like: Tensor
+    ) -> None:
+        self.paths = tuple(paths)
+        self.ranks = {path: max((len(f.layers[path][0]) for f in adapters if f and path in f.layers), default=0) for path in paths}
+        total, start = sum(self.ranks.values()), 0
+        self.a = like.new_zeros(len(adapters), total, shapes[paths[0]][1])
+        self.b: dict[str, tuple[slice, Tensor]] = {}
+        for path in paths:
+            if rank := self.ranks[path]:
+                self.b[path] = (slice(start, start + rank), like.new_zeros(len(adapters), shapes[path][0], rank))
+                start += rank
+        for place, factors in enumerate(adapters):
+            if factors is not None:
+                self.put(place, factors)
+
+    def put(self, place: int, factors: Factors) -> bool:
+        """Write an adapter to a place; False where its rank is larger than the stack's."""
+        if any(path in factors.layers and len(factors.layers[path][0]) > self.ranks[path] for path in self.paths):
+            return False
+        self.a[place].zero_()
+        for path, (rank, b) in self.b.items():
+            b[place].zero_()
+            if path in factors.layers:
+                first, second = factors.layers[path]
+                self.a[place, rank.start : rank.start + len(first)] = first
+                b[place, :, : len(first)] = second
+        return True
+
+
+class ManyAdapters:
+    """The adapters that an engine has loaded, by name; at most `most_active` of them are sampled through at a time.
+
+    `in_use` gives the names that rows go through now or will go through: those cannot be replaced or evicted.
+    """
+
+    def __init__(self, policy: Policy, in_use: Callable[[], set[str]] = set, *, most_active: int = MOST_ACTIVE) -> None:
+        self.policy, self.most_active, self._in_use = policy, most_active, in_use
+        self._known: dict[str, Factors] = {}
+        self._places: list[str | None] = []
+        self._used: dict[str, int] = {}
+        self._stacks: dict[tuple[str, ...], Stack | None] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._clock = 0
+        self._now: Mix | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The loaded adapters."""
+        return sorted(self._known)
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """Read a LoRA adapter from a PEFT folder (or a run folder); a name that is taken is replaced, unless rows are using it.
+
+        Raises RecipeError `adapter_on_adapter` when the model has an adapter of its own, `adapter_in_use`, `adapter_kind` for what
+        cannot be mixed by row (other kinds than LoRA, DoRA, trained modules or biases beside it); ModelError `no_model`, `bad_adapter`
+        (another base: layers or shapes differ).
+        """
+        if self.policy.adapted:
+            raise RecipeError(
+                "the model has an adapter of its own, which all rows go through", where=name, remedy="open its base, and load both by name",
+                code="adapter_on_adapter",
+            )  # fmt: skip
+        self._demand_idle(name)
+        place = resolve(str(folder))
+        self._clock += 1
+        factors = Factors(place, self._clock, self._read(place))
+        self._known[name] = factors
+        for path in factors.layers:
+            self._watch(path)
+        if name in self._places:
+            self._write(self._places.index(name), factors)
+        else:
+            # Layers may take part now that no adapter touched before.
+            self._stacks = {paths: stack for paths, stack in self._stacks.items() if stack is not None}
+
+    def evict(self, name: str) -> None:
+        """Forget an adapter. Raises RecipeError `unknown_adapter`, `adapter_in_use`."""
+        self.demand(name)
+        self._demand_idle(name)
+        del self._known[name]
+        if name in self._places:
+            self._places[self._places.index(name)] = None
+            self._used.pop(name, None)
+
+    def demand(self, name: str) -> None:
+        """Raises RecipeError `unknown_adapter` for a name that is not loaded."""
+        if name not in self._known:
+            raise RecipeError(
+                f"there is no adapter '{name}'{did_you_mean(name, self._known)}", where="adapter",
+                remedy=f"load it first; loaded are: {', '.join(self.names) or 'none'}", code="unknown_adapter",
+            )  # fmt: skip
+
+    def _demand_idle(self, name: str) -> None:
+        if name in self._in_use():
+            raise RecipeError(
+                f"requests are going through the adapter '{name}'",
+                where="adapter",
+                remedy="let them end or cancel them, or load the new weights under another name",
+                code="adapter_in_use",
+            )
+
+    def version(self, name: str | None) -> int:
+        """A number that changes when an adapter's weights do; 0 for the base."""
+        return 0 if name is None or name not in self._known else self._known[name].version
+
+    def make_active(self, name: str | None, sampled: set[str]) -> bool:
+        """Give an adapter a place in the stacks; False when all places are taken by those that rows are sampled through."""
+        if name is None:
+            return True
+        self._clock += 1
+        self._used[name] = self._clock
+        if name in self._places:
+            return True
+        if None in self._places:
+            place = self._places.index(None)
+        elif len(self._places) < self.most_active:
+            self._places.append(None)
+            self._stacks = {}
+            place = len(self._places) - 1
+        else:
+            idle = [old for old in self._places if old not in sampled]
+            if not idle:
+                return False
+            place = self._places.index(min(idle, key=lambda old: self._used.get(old or "", 0)))
+        self._places[place] = name
+        self._write(place, self._known[name])
+        return True
+
+    def mix(self, feed: Feed, names: Sequence[str | None]) -> Mix | None:
+        """Which token of a feed goes through which adapter, from the names of its rows; None when all go through the base alone."""
+        if all(name is None for name in names):
+            return None
+        places = np.array([-1 if name is None else self._places.index(name) for name in names])
+        if isinstance(feed, Prompts):
+            lengths = [b - a for a, b in feed.layout.spans]
+            places = np.concatenate([np.repeat(places, lengths), np.full(feed.layout.total - feed.layout.real, -1)])
+        return Mix(self, places, self.policy.device)
+
+    @contextlib.contextmanager
+    def at_work(self, mix: Mix | None) -> Iterator[None]:
+        """While open, layers that run as modules add what this mix says."""
+        self._now = mix
+        try:
+            yield
+        finally:
+            self._now = None
+
+    def stack(self, paths: tuple[str, ...]) -> Stack | None:
+        """The factors for layers on one input; None when no adapter touches them."""
+        if paths not in self._stacks:
+            held = [self._known[name] if name is not None else None for name in self._places]
+            touched = any(f is not None and path in f.layers for f in held for path in paths)
+            like = next(iter(next(f for f in held if f is not None).layers.values()))[0] if touched else None
+            for path in paths:
+                self._shape(path)
+            self._stacks[paths] = Stack(paths, held, self._shapes, like) if like is not None else None
+        return self._stacks[paths]
+
+    def _write(self, place: int, factors: Factors) -> None:
+        for paths, stack in list(self._stacks.items()):
+            touches = any(path in factors.layers for path in paths)
+            if (stack is None and touches) or (stack is not None and not stack.put(place, factors)):
+                del self._stacks[paths]
+
+    def _watch(self, path: str) -> None:
+        """Let a layer that runs as a module add its rows' adapters."""
+        module = self.policy.causal.get_submodule(path)
+        if "tunesmith_mixed" in module.__dict__:
+            return
+
+        def add(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._now is None:
+                return None
+            flat = output.reshape(-1, output.shape[-1])
+            self._now.add({path: slice(0, output.shape[-1])}, inputs[0].reshape(-1, inputs[0].shape[-1]), flat)
+            return flat.view_as(output)
+
+        module.__dict__["tunesmith_mixed"] = module.register_forward_hook(add)
+
+    def _shape(self, path: str) -> tuple[int, int]:
+        """(outputs, inputs) of a layer."""
+        if path not in self._shapes:
+            layer: Any = self.policy.causal.get_submodule(path)
+            conv = type(layer).__name__ == "Conv1D"
+            self._shapes[path] = (layer.nf, layer.nx) if conv else (layer.out_features, layer.in_features)
+        return self._shapes[path]
+
+    def _read(self, folder: str) -> dict[str, tuple[Tensor, Tensor]]:
+        from peft import PeftConfig
+        from peft.utils import load_peft_weights
+
+        if adapter_base(folder) is None:
+            raise ModelError("this is no adapter folder", where=folder, remedy="name a folder with adapter_config.json", code="bad_adapter")
+        config: Any = PeftConfig.from_pretrained(folder)
+        _demand_plain_lora(config, folder)
+        own, theirs = str(self.policy.causal.config._name_or_path), str(config.base_model_name_or_path or "")
+        if theirs and own and Path(theirs).name != Path(own).name:
+            logger.warning("%s was trained on %s and is put on %s", folder, theirs, own)
+        stored = load_peft_weights(folder, device="cpu")
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
+        odd = sorted(key for key in stored if not key.endswith((".lora_A.weight", ".lora_B.weight")))
+        for key in sorted(stored):
+            if not key.endswith(".lora_A.weight"):
+                continue
+            path, other = key.removesuffix(".lora_A.weight").removeprefix(_PREFIX), key.replace(".lora_A.", ".lora_B.")
+            if other not in stored or not self._fits(path, stored[key], stored[other]):
+                odd.append(key)
+                continue
+            scale = _scale(config, path, len(stored[key]))
+            a, b = stored[key].float(), stored[other].float() * scale
+            layers[path] = (a.to(self.policy.device, self.policy.dtype), b.to(self.policy.device, self.policy.dtype))
+        if odd or not layers:
+            raise ModelError(
+                f"the adapter does not fit this base: {len(odd)} of its tensors have no layer of their shape, or are not finite"
+                + (f", e.g. {odd[0]} {tuple(stored[odd[0]].shape)}" if odd else ""),
+                where=folder,
+                remedy=f"use the base that it was made for: {theirs or 'its configuration does not say which'}",
+                code="bad_adapter",
+            )
+        return layers
+
+    def _fits(self, path: str, a: Tensor, b: Tensor) -> bool:
+        try:
+            layer: Any = self.policy.causal.get_submodule(path)
+        except AttributeError:
+            return False
+        if not (isinstance(layer, torch.nn.Linear) or quant.kind_of(layer) is not None or type(layer).__name__ == "Conv1D"):
+            return False
+        outputs, inputs = self._shape(path)
+        finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+        return finite and a.shape[1] == inputs and b.shape == (outputs, a.shape[0])
+
+
+class Mix:
+    """The adapters of one forward pass: `places` [N] says where in the stacks each token's adapter stands (-1: none)."""
+
+    def __init__(self, adapters: ManyAdapters, places: np.ndarray[Any, Any], device: torch.device) -> None:
+        self._adapters = adapters
+        present = sorted({int(place) for place in places} - {-1})
+        members = [np.flatnonzero(places == place) for place in present]
+        rows = np.concatenate(members)
+        self.rows = None if len(rows) == len(places) and len(present) == 1 else send(rows, device)
+        self.present = present
+        self._groups = [send(each, device) for each in members]
+        largest = max(map(len, members))
+        self.shape = (len(present), largest)
+        self.one_by_one = len(present) == 1 or len(rows) > MANY
+        gather, back = np.zeros(self.shape, np.int64), []
+        for number, each in enumerate(members):
+            gather[number, : len(each)] = each
+            back.append(number * largest + np.arange(len(each)))
+        self._gather, self._back = send(gather.ravel(), device), send(np.concatenate(back), device)
+        self._index = send(np.array(present, np.int64), device)
+
+    def add(self, spans: Mapping[str, slice], x: Tensor, y: Tensor) -> None:
+        """Add to y [N, outputs of all layers] what the tokens' adapters make of x [N, in], in place; `spans`: where each layer's stand."""
+        stack = self._adapters.stack(tuple(spans))
+        if stack is None:
+            return
+        x = x.to(stack.a.dtype)
+        if self.one_by_one:
+            for place, rows in zip(self.present, self._groups, strict=True):
+                small = (x if self.rows is None else x.index_select(0, rows)) @ stack.a[place].t()
+                for path, (rank, b) in stack.b.items():
+                    more = small[:, rank] @ b[place].t()
+                    part = y[:, spans[path]]
+                    if self.rows is None:
+                        part += more
+                    else:
+                        part.index_add_(0, rows, more.to(y.dtype))
+            return
+        every = len(self.present) == len(stack.a)
+        a = stack.a if every else stack.a.index_select(0, self._index)
+        small = torch.bmm(x.index_select(0, self._gather).view(*self.shape, -1), a.transpose(1, 2))
+        assert self.rows is not None
+        for path, (rank, b) in stack.b.items():
+            factor = b if every else b.index_select(0, self._index)
+            more = torch.bmm(small[:, :, rank], factor.transpose(1, 2)).view(-1, factor.shape[1]).index_select(0, self._back)
+            y[:, spans[path]].index_add_(0, self.rows, more.to(y.dtype))
+
+
+def _demand_plain_lora(config: Any, folder: str) -> None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    found = [kind] if kind != "lora" else []
+    if not found:
+        asked = {
+            "DoRA": config.use_dora, "trained modules beside it": config.modules_to_save, "trained biases": config.bias != "none",
+            "a bias in B": getattr(config, "lora_bias", False), "target_parameters": getattr(config, "target_parameters", None),
+        }  # fmt: skip
+        found = [name for name, value in asked.items() if value]
+    if found:
+        raise RecipeError(
+            f"rows cannot be mixed with this adapter: it is, or has, {', '.join(found)}",
+            where=folder,
+            remedy="open it alone, as the model, or merge it into its base; plain LoRA adapters can be mixed",
+            code="adapter_kind",
+        )
+
+
+def _scale(config: Any, path: str, rank: int) -> float:
+    from peft.utils.other import get_pattern_key
+
+    pattern = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(pattern.keys(), path), config.lora_alpha)
+    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)

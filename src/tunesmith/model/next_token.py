@@ -1,0 +1,118 @@
+"""What a policy says next: logits behind new tokens of cached rows, through the modules and weights that are trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tunesmith.model import attention, fuse, reward
+from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
+from tunesmith.model.policy import Policy
+from tunesmith.model.probe import probe_batch
+from tunesmith.model.products import Way, product
+
+
+class NextToken:
+    """The sampling side of a policy. What it makes ready of frozen weights is kept from one `ready` to the next.
+
+    `int8`: the fused layers and the head multiply in 8 bits. Raises ModelError `no_language_head` for a reward model.
+    """
+
+    def __init__(self, policy: Policy, *, int8: bool = False) -> None:
+        if policy.scalar:
+            raise reward.no_language_head()
+        self.policy, self.int8 = policy, int8
+        self._head: Way | None = None
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, and a promise that no weight moves while it is open."""
+        policy = self.policy
+        modes = [module for module in policy.model.modules() if module.training]
+        fuse.make_ready(policy.model, int8=self.int8)
+        policy.model.eval()
+        try:
+            with torch.no_grad(), policy.steady():
+                yield
+        finally:
+            if policy.parameters_by_name():
+                self.forget()
+            for module in modes:
+                module.training = True
+
+    def forget(self) -> None:
+        """Drop the copies of weights that sampling made for itself."""
+        self._head = None
+        fuse.forget_ready(self.policy.model)
+
+    def logits(self, feed: Feed, rows: Tensor) -> Tensor:
+        """Logits [R, V] in fp32 behind the new tokens `rows` [R] of a feed, whose keys and values are in its cache afterwards.
+
+        Open `ready` around it.
+        """
+        policy = self.policy
+        arguments = {"input_ids": feed.ids[None], "position_ids": feed.positions[None], "tunesmith_layout": feed, "use_cache": False}
+        with attention.packed_masks(), torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast):
+            if policy.head == "plain":
+                plain: Tensor = policy.causal(**arguments).logits[0]
+                return plain.index_select(0, rows).float()
+            states = policy.decoder()(**arguments).last_hidden_state[0].index_select(0, rows)
+        with torch.autocast(policy.device.type, enabled=False):
+            logits = self._head_of(states.dtype)(states).float()
+        if policy.head_form.scale != 1.0:
+            logits.mul_(policy.head_form.scale)
+        if policy.head_form.cap is not None:
+            logits.div_(policy.head_form.cap).tanh_().mul_(policy.head_form.cap)
+        return logits
+
+    def proof(self) -> float:
+        """How far cached rows are from `Policy.score`, in log-probabilities of probe documents: the largest gap (in bf16 the mean).
+
+        The first half of every document is read at once, then two tokens behind it, the rest one at a time.
+        """
+        policy = self.policy
+        batch = probe_batch(policy.causal, policy.vocabulary)
+        front = [] if policy.virtual is None else list(range(policy.vocabulary, policy.vocabulary + policy.virtual.count))
+        ids = [[*front, *batch.ids[s.start : s.stop].tolist()] for s in batch.segments]
+        read = [(len(front) + len(row)) // 2 for row in ids]
+        found: dict[tuple[int, int], float] = {}
+        cache = Cache()
+
+        def note(feed: Feed) -> None:
+            logps = torch.log_softmax(self.logits(feed, feed.last), -1)
+            for place, row in enumerate(feed.rows):
+                if read[row] < len(ids[row]):
+                    found[row, read[row] - len(front)] = float(logps[place, ids[row][read[row]]])
+
+        with self.ready():
+            truth = policy.score(batch).logp.tolist()
+            for row in range(len(ids)):
+                cache.add(row, len(ids[row]))
+            note(Prompts(cache, [(row, ids[row][: read[row]], 0) for row in range(len(ids))], policy.device, len(front)))
+            parts = [(row, ids[row][read[row] : read[row] + 2], read[row]) for row in range(len(ids))]
+            for row, part, _ in parts:
+                read[row] += len(part)
+            note(Prompts(cache, parts, policy.device))
+            while left := [row for row in range(len(ids)) if read[row] < len(ids[row])]:
+                for row in range(len(ids)):
+                    if row not in left and row in cache:
+                        cache.drop(row)
+                feed = NextTokens(cache, {row: (ids[row][read[row]], read[row]) for row in left}, policy.device)
+                for row in left:
+                    read[row] += 1
+                note(feed)
+        places = [(row, place) for row, s in enumerate(batch.segments) for place in range(1, s.stop - s.start)]
+        gaps = [abs(found[where] - logp) for where, logp in zip(places, truth, strict=True) if where in found]
+        return float(sum(gaps) / len(gaps) if policy.dtype == torch.bfloat16 else max(gaps))
+
+    def _head_of(self, dtype: torch.dtype) -> Way:
+        if self._head is None:
+            policy, fused = self.policy, self.policy.layers == "fused"
+            output = policy.causal.get_output_embeddings()
+            dtype = policy.dtype if policy.autocast or fused else dtype
+            bias = None if output.bias is None else output.bias.detach()
+            self._head = product([policy.copies.of(output.weight, dtype)], [bias], dtype, int8=self.int8 and fused)
+        return self._head
