@@ -17,7 +17,9 @@ from tunesmith.evals.opening import open_model as load
 from tunesmith.evals.run import evaluate
 from tunesmith.evals.score import score
 from tunesmith.grade import GRADERS
-from tunesmith.infer.generate import generate
+from tunesmith.infer.engine import Engine
+from tunesmith.infer.generate import chat_sampler, generate
+from tunesmith.infer.remote import RemoteSampler
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import OBJECTIVES
 from tunesmith.training.run import train
@@ -29,15 +31,18 @@ __all__ = [
     "TEMPLATES",
     "Completion",
     "Dialog",
+    "Engine",
     "Grade",
     "Message",
     "Opened",
     "Prompt",
     "Recipe",
+    "RemoteSampler",
     "SampleSettings",
     "Score",
     "Text",
     "Tokens",
+    "chat_sampler",
     "choose_template",
     "evaluate",
     "generate",

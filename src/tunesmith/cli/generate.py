@@ -58,8 +58,8 @@ def generate(
     from tunesmith.core.errors import RecipeError
     from tunesmith.core.ports import SampleSettings
     from tunesmith.evals.opening import open_model
+    from tunesmith.infer.generate import How, read_adapters, read_prompts
     from tunesmith.infer.generate import generate as sample
-    from tunesmith.infer.generate import read_adapters, read_prompts
 
     del as_json
     log.set_up()
@@ -74,8 +74,8 @@ def generate(
     named = [settings.adapter] if prompts is None else read_adapters(prompts, settings.adapter)
     opened = open_model(model, adapter=adapter, template="none" if raw else template, dtype=dtype, device=device)
     rows = sample(
-        opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named if folders else (), folders=folders,
-        int8=int8, max_rows=batch,
+        opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named if folders else (),
+        how=How(max_rows=batch, int8=int8, folders=folders),
     )  # fmt: skip
     for row in rows:
         say(row)

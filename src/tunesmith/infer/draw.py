@@ -41,13 +41,13 @@ class Drawn:
 def draw(logits: Tensor, rows: Sequence[Asked], uniform: Sequence[float]) -> Drawn:
     """One token for each row of logits [B, V] in fp32, at the row's number in 0..1, by inversion of the cumulative distribution.
 
-    The sum runs in vocabulary order, in float64 over blocks, so that neither the batch nor a near tie can reorder it. `logits` is left as
-    it is.
+    The sum runs in vocabulary order, in float64 from block to block, so that neither the batch nor a near tie can reorder it. `logits`
+    is left as it is.
     """
     blocks = _by_block(logits)
     most = blocks.amax(-1).amax(-1)
     weights = (blocks - most[:, None, None]).exp_()
-    sums = weights.sum(-1, dtype=torch.float64)
+    sums = weights.sum(-1).double()
     log_total = most.double() + sums.sum(-1).log()
     tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
     greedy = [i for i, row in enumerate(rows) if row.settings.temperature == 0 and not _changes(row)]
@@ -152,7 +152,7 @@ def _narrowed(logits: Tensor, rows: Sequence[Asked], uniform: Tensor) -> Tensor:
     if open_rows:
         blocks = _by_block(_rows(warm, open_rows))
         weights = (blocks - blocks.amax((1, 2), keepdim=True)).exp_()
-        _fill(tokens, open_rows, _invert(weights, weights.sum(-1, dtype=torch.float64), _rows(uniform, open_rows)))
+        _fill(tokens, open_rows, _invert(weights, weights.sum(-1).double(), _rows(uniform, open_rows)))
     narrow = [i for i, s in enumerate(settings) if s.temperature != 0 and _narrows(s)]
     # So many candidates whatever the batch asks for: which of equal logits are among them must not depend on the neighbours.
     for many in (*CANDIDATES, warm.shape[1]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ from tunesmith.infer.sampler import TransformersSampler
 from tunesmith.model.policy import Policy
 from tunesmith.model.reward import no_language_head
 
+
+@dataclass(frozen=True)
+class How:
+    """What an engine is made with: rows at a time, products in 8 bits, kept fronts, and LoRA adapters (folder by name)."""
+
+    max_rows: int = MAX_ROWS
+    int8: bool = False
+    keep_fronts: int = 0
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
+PLAIN = How()
 Ask = str | Prompt | Sequence[Message]
 
 
@@ -35,18 +47,18 @@ def generate(
     *,
     raw: bool = False,
     adapters: Sequence[str | None] = (),
-    **options: Any,
+    how: How = PLAIN,
 ) -> list[dict[str, Any]]:
     """For every prompt the JSON row of `tunesmith generate`: {"prompt", "completions": [{"text", "ids", "logprobs", "stop_reason"}]}.
 
     A prompt is one user turn (str), a list of messages, or a Prompt (which may offer tools). raw hands the text to the tokenizer as
     it is, without the template, and stops at the end-of-text token only. Logprobs are the model's own, at temperature 1. `adapters`: for
-    every prompt the name of one of those in `folders`; `options` are those of `sampler_for`. Each completion has "top_logprobs"
+    every prompt the name of one of those that `how` loads. Each completion has "top_logprobs"
     too where they are asked for: [[id, log-probability], ...] at every place.
     Raises DataError for messages in raw mode, and what rendering and sampling raise.
     """
     ids = [raw_ids(prompt, tokenizer) if raw else prompt_ids(prompt, tokenizer, template) for prompt in prompts]
-    sampler = raw_sampler(policy, tokenizer, **options) if raw else chat_sampler(policy, tokenizer, template, **options)
+    sampler = raw_sampler(policy, tokenizer, how) if raw else chat_sampler(policy, tokenizer, template, how)
     if isinstance(sampler, Engine) and adapters:
         rows = sampler.sample(ids, [replace(settings, adapter=name) for name in adapters])
     else:
@@ -65,17 +77,17 @@ def _as_json(one: Completion) -> dict[str, Any]:
     return {**out, "top_logprobs": [[list(pair) for pair in place] for place in one.top_logprobs]} if one.top_logprobs else out
 
 
-def chat_sampler(policy: Policy, tokenizer: Any, template: ChatTemplate, **options: Any) -> Engine | TransformersSampler:
-    """A sampler that answers chats: it stops where the template ends a turn. `options` are those of `sampler_for`."""
-    return sampler_for(policy, tokenizer, render.stop_ids(template, tokenizer), lead_of(template, tokenizer), **options)
+def chat_sampler(policy: Policy, tokenizer: Any, template: ChatTemplate, how: How = PLAIN) -> Engine | TransformersSampler:
+    """A sampler that answers chats: it stops where the template ends a turn."""
+    return sampler_for(policy, tokenizer, render.stop_ids(template, tokenizer), lead_of(template, tokenizer), how)
 
 
-def raw_sampler(policy: Policy, tokenizer: Any, **options: Any) -> Engine | TransformersSampler:
+def raw_sampler(policy: Policy, tokenizer: Any, how: How = PLAIN) -> Engine | TransformersSampler:
     """A sampler that continues text: it stops at the end-of-text tokens that the tokenizer and the model's configuration name."""
     named = policy.causal.generation_config.eos_token_id if policy.causal.generation_config is not None else None
     listed = named if isinstance(named, list) else [named]
     stops = [int(token) for token in dict.fromkeys([tokenizer.eos_token_id, *listed]) if token is not None]
-    return sampler_for(policy, tokenizer, stops, **options)
+    return sampler_for(policy, tokenizer, stops, how=how)
 
 
 def sampler_for(
@@ -83,13 +95,9 @@ def sampler_for(
     tokenizer: Any,
     stop_ids: Sequence[int],
     lead: str = "",
-    *,
-    max_rows: int = MAX_ROWS,
-    int8: bool = False,
-    keep_fronts: int = 0,
-    folders: Mapping[str, str] | None = None,
+    how: How = PLAIN,
 ) -> Engine | TransformersSampler:
-    """The engine with the adapters of `folders`, or its plain twin for a model that the engine cannot run (a line of the log says so).
+    """The engine with its adapters, or its plain twin for a model that the engine cannot run (a line of the log says so).
 
     Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` where the twin cannot do what is asked for.
     """
@@ -98,11 +106,11 @@ def sampler_for(
     reason = unfit(policy)
     if policy.alone_from is not None:
         reason = f"beyond {policy.alone_from} tokens its positions depend on the length of the whole text"
-    if reason and not (int8 or folders):
+    if reason and not (how.int8 or how.folders):
         logger.info("sampling goes the plain way: %s", reason)
         return TransformersSampler(policy.model, tokenizer, stop_ids=stop_ids, lead=lead, attention=policy.own_attention)
-    engine = Engine(policy, tokenizer, stop_ids=stop_ids, lead=lead, max_rows=max_rows, int8=int8, keep_fronts=keep_fronts)
-    for name, folder in (folders or {}).items():
+    engine = Engine(policy, tokenizer, stop_ids=stop_ids, lead=lead, max_rows=how.max_rows, int8=how.int8, keep_fronts=how.keep_fronts)
+    for name, folder in how.folders.items():
         engine.adapters.load(name, folder)
     return engine
 

@@ -10,7 +10,7 @@ from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Completion, Message
 from tunesmith.data.template import ChatTemplate
 from tunesmith.infer.engine import Engine
-from tunesmith.infer.generate import chat_sampler, prompt_ids
+from tunesmith.infer.generate import How, chat_sampler, prompt_ids
 from tunesmith.model.policy import Policy
 
 FRONTS = 4  # turns whose keys and values are kept: the next prompt begins with one of them
@@ -33,8 +33,8 @@ class Talk:
         folders: Mapping[str, str] | None = None,
         int8: bool = False,
     ) -> None:
-        fronts = 0 if policy.parameters_by_name() else FRONTS
-        self._sampler = chat_sampler(policy, tokenizer, template, int8=int8, keep_fronts=fronts, folders=folders)
+        how = How(int8=int8, keep_fronts=0 if policy.parameters_by_name() else FRONTS, folders=folders or {})
+        self._sampler = chat_sampler(policy, tokenizer, template, how)
         self._tokenizer, self._template = tokenizer, template
         self.settings = settings
         self._system = [Message("system", system)] if system else []

@@ -24,6 +24,7 @@ from tunesmith.model.virtual import prefix_of
 NARROWEST = 64
 STEP = 16  # keys in sight are rounded up to a multiple of this
 FIRST_SLOTS = 4
+ROWS = 8  # on a CPU the number of new tokens is made a multiple of this: every new one costs kernels made for it
 
 
 class Pool:
@@ -242,8 +243,9 @@ class NextTokens(Feed):
         """`tokens`: for every row of the cache its new token and the positions it has already."""
         pools = [pool for _, pool in sorted(cache.pools.items()) if pool.rows]
         super().__init__(cache, [row for pool in pools for row in pool.rows], device)
-        self.ids = send(np.array([tokens[row][0] for row in self.rows], np.int64), device)
-        past = np.array([tokens[row][1] for row in self.rows], np.int64)
+        filler = [0] * (-len(self.rows) % ROWS if device.type == "cpu" else 0)
+        self.ids = send(np.array([*(tokens[row][0] for row in self.rows), *filler], np.int64), device)
+        past = np.array([*(tokens[row][1] for row in self.rows), *filler], np.int64)
         self.positions = send(past, device)
         self.last = torch.arange(len(self.rows), device=device)
         self.longest = int(past.max()) + 1
@@ -273,6 +275,8 @@ class NextTokens(Feed):
             else:
                 out = attend_plainly(q[:, :, None], sight_keys, sight_values, form, mask == 0)[:, :, 0]
             outs.append(out)
+        if filler := len(query) - len(self.rows):
+            outs.append(outs[0].new_zeros(filler, *outs[0].shape[1:]))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _places(self, number: int, pool: Pool, past: np.ndarray[Any, Any], heads: int) -> Tensor:

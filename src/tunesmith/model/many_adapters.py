@@ -175,8 +175,8 @@ class ManyAdapters:
             return None
         places = np.array([-1 if name is None else self._places.index(name) for name in names])
         if isinstance(feed, Prompts):
-            lengths = [b - a for a, b in feed.layout.spans]
-            places = np.concatenate([np.repeat(places, lengths), np.full(feed.layout.total - feed.layout.real, -1)])
+            places = np.repeat(places, [b - a for a, b in feed.layout.spans])
+        places = np.concatenate([places, np.full(len(feed.ids) - len(places), -1)])
         return Mix(self, places, self.policy.device)
 
     @contextlib.contextmanager
