@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint unit matrix bench-sft bench-dpo bench-data bench-memory bench-quality clean
+.PHONY: demo test lint unit matrix bench-sft bench-dpo bench-generate bench-data bench-memory bench-quality clean
 
 demo: .venv/installed
 	$(BIN)/tunesmith demo --out demo
@@ -26,6 +26,9 @@ bench-sft: .venv/installed-test
 
 bench-dpo: .venv/installed-test
 	$(BIN)/python benchmarks/dpo.py $(BENCH)
+
+bench-generate: .venv/installed-test
+	$(BIN)/python benchmarks/generate.py $(BENCH)
 
 bench-memory: .venv/installed-test
 	$(BIN)/python benchmarks/memory.py $(BENCH)

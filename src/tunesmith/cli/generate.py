@@ -74,7 +74,7 @@ def generate(
     named = [settings.adapter] if prompts is None else read_adapters(prompts, settings.adapter)
     opened = open_model(model, adapter=adapter, template="none" if raw else template, dtype=dtype, device=device)
     rows = sample(
-        opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named if folders else (),
+        opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named if any(named) else (),
         how=How(max_rows=batch, int8=int8, folders=folders),
     )  # fmt: skip
     for row in rows:

@@ -1,8 +1,8 @@
 """Many LoRA adapters on one base, a row at a time: each row of a batch goes through the adapter that its request names.
 
-The adapters in use stand side by side in stacks, so that all rows of a forward pass take two batched products a projection, whatever their
-adapters are (Chen 2023, arXiv:2310.18547, does so with one kernel). Adapters that nobody uses now wait in host memory.
-N tokens, S places in the stacks, R rank, G groups of tokens with the same adapter, m tokens of the largest group.
+The adapters in use stand side by side in stacks, so that all rows of a forward pass take two products a projection, whatever their adapters
+are (Chen 2023, arXiv:2310.18547, does so with a kernel of its own). Adapters that nobody uses now wait in host memory.
+N tokens, S places in the stacks, R rank.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tunesmith.model import quant
 from tunesmith.model.cached import Feed, Prompts
 from tunesmith.model.layout import send
 from tunesmith.model.policy import Policy
-from tunesmith.model.tokenizer import adapter_base, resolve
+from tunesmith.model.tokenizer import resolve
 
 MOST_ACTIVE = 64
-MANY = 256  # tokens from which groups go one by one: filling them up to the largest would cost more than it saves
+MANY = 256  # tokens from which each goes through its own adapter only
 _PREFIX = "base_model.model."
 
 
@@ -38,7 +38,7 @@ class Factors:
 
 
 class Stack:
-    """The adapters' factors for layers on one input: A [S, sum of ranks, in] joined, B [S, out, R] by layer; zeros where one has none."""
+    """The adapters' factors for layers on one input: A [S, sum of ranks, in] joined, B^T [S, R, out] by layer; zeros where one has none."""
 
     def __init__(
         self, paths: Sequence[str], adapters: Sequence[Factors | None], shapes: Mapping[str, tuple[int, int]], like: Tensor
@@ -50,7 +50,7 @@ class Stack:
         self.b: dict[str, tuple[slice, Tensor]] = {}
         for path in paths:
             if rank := self.ranks[path]:
-                self.b[path] = (slice(start, start + rank), like.new_zeros(len(adapters), shapes[path][0], rank))
+                self.b[path] = (slice(start, start + rank), like.new_zeros(len(adapters), rank, shapes[path][0]))
                 start += rank
         for place, factors in enumerate(adapters):
             if factors is not None:
@@ -66,7 +66,7 @@ class Stack:
             if path in factors.layers:
                 first, second = factors.layers[path]
                 self.a[place, rank.start : rank.start + len(first)] = first
-                b[place, :, : len(first)] = second
+                b[place, : len(first)] = second.t()
         return True
 
 
@@ -141,6 +141,11 @@ class ManyAdapters:
                 remedy="let them end or cancel them, or load the new weights under another name",
                 code="adapter_in_use",
             )
+
+    @property
+    def places(self) -> int:
+        """Places of the stacks."""
+        return len(self._places)
 
     def version(self, name: str | None) -> int:
         """A number that changes when an adapter's weights do; 0 for the base."""
@@ -232,7 +237,7 @@ class ManyAdapters:
         from peft import PeftConfig
         from peft.utils import load_peft_weights
 
-        if adapter_base(folder) is None:
+        if not (Path(folder) / "adapter_config.json").is_file():
             raise ModelError("this is no adapter folder", where=folder, remedy="name a folder with adapter_config.json", code="bad_adapter")
         config: Any = PeftConfig.from_pretrained(folder)
         _demand_plain_lora(config, folder)
@@ -275,25 +280,25 @@ class ManyAdapters:
 
 
 class Mix:
-    """The adapters of one forward pass: `places` [N] says where in the stacks each token's adapter stands (-1: none)."""
+    """The adapters of one forward pass: `places` [N] says where in the stacks each token's adapter stands (-1: none).
+
+    Few tokens go through all adapters of the stacks at once, as if they were one of rank S R, and what is not their own is set to zero in
+    between: two plain products, whose weights have to be read in any case. Many tokens are brought together by adapter, and back.
+    """
 
     def __init__(self, adapters: ManyAdapters, places: np.ndarray[Any, Any], device: torch.device) -> None:
         self._adapters = adapters
-        present = sorted({int(place) for place in places} - {-1})
-        members = [np.flatnonzero(places == place) for place in present]
-        rows = np.concatenate(members)
-        self.rows = None if len(rows) == len(places) and len(present) == 1 else send(rows, device)
-        self.present = present
-        self._groups = [send(each, device) for each in members]
-        largest = max(map(len, members))
-        self.shape = (len(present), largest)
-        self.one_by_one = len(present) == 1 or len(rows) > MANY
-        gather, back = np.zeros(self.shape, np.int64), []
-        for number, each in enumerate(members):
-            gather[number, : len(each)] = each
-            back.append(number * largest + np.arange(len(each)))
-        self._gather, self._back = send(gather.ravel(), device), send(np.concatenate(back), device)
-        self._index = send(np.array(present, np.int64), device)
+        self.present = sorted({int(place) for place in places} - {-1})
+        members = [np.flatnonzero(places == place) for place in self.present]
+        ends = np.cumsum([len(each) for each in members]).tolist()
+        self.alone = ends == [len(places)]  # one adapter for all
+        self.few = len(self.present) > 1 and len(places) <= MANY
+        self.groups = [slice(end - len(each), end) for end, each in zip(ends, members, strict=True)]
+        back = np.full(len(places), ends[-1])  # tokens without an adapter find a row of zeros behind the others
+        back[np.concatenate(members)] = np.arange(ends[-1])
+        self._gather, self._back = send(np.concatenate(members), device), send(back, device)
+        own = places[:, None] == np.arange(adapters.places)[None]
+        self._own = send(own, device)[:, :, None].to(adapters.policy.dtype)
 
     def add(self, spans: Mapping[str, slice], x: Tensor, y: Tensor) -> None:
         """Add to y [N, outputs of all layers] what the tokens' adapters make of x [N, in], in place; `spans`: where each layer's stand."""
@@ -301,25 +306,29 @@ class Mix:
         if stack is None:
             return
         x = x.to(stack.a.dtype)
-        if self.one_by_one:
-            for place, rows in zip(self.present, self._groups, strict=True):
-                small = (x if self.rows is None else x.index_select(0, rows)) @ stack.a[place].t()
-                for path, (rank, b) in stack.b.items():
-                    more = small[:, rank] @ b[place].t()
-                    part = y[:, spans[path]]
-                    if self.rows is None:
-                        part += more
-                    else:
-                        part.index_add_(0, rows, more.to(y.dtype))
-            return
-        every = len(self.present) == len(stack.a)
-        a = stack.a if every else stack.a.index_select(0, self._index)
-        small = torch.bmm(x.index_select(0, self._gather).view(*self.shape, -1), a.transpose(1, 2))
-        assert self.rows is not None
+        if self.alone:
+            (place,) = self.present
+            small = x @ stack.a[place].t()
+            for path, (rank, b) in stack.b.items():
+                y[:, spans[path]] += small[:, rank] @ b[place]
+        elif self.few:
+            own = (x @ stack.a.flatten(0, 1).t()).view(len(x), len(stack.a), -1) * self._own
+            for path, (rank, b) in stack.b.items():
+                y[:, spans[path]] += own[:, :, rank].reshape(len(x), -1) @ b.flatten(0, 1)
+        else:
+            self._add_by_group(stack, spans, x.index_select(0, self._gather), y)
+
+    def _add_by_group(self, stack: Stack, spans: Mapping[str, slice], x: Tensor, y: Tensor) -> None:
+        """The same for tokens [M, in] that stand together by adapter."""
+        small = x.new_empty(len(x), stack.a.shape[1])
+        for place, group in zip(self.present, self.groups, strict=True):
+            torch.mm(x[group], stack.a[place].t(), out=small[group])
         for path, (rank, b) in stack.b.items():
-            factor = b if every else b.index_select(0, self._index)
-            more = torch.bmm(small[:, :, rank], factor.transpose(1, 2)).view(-1, factor.shape[1]).index_select(0, self._back)
-            y[:, spans[path]].index_add_(0, self.rows, more.to(y.dtype))
+            more = x.new_empty(len(x) + 1, b.shape[2])
+            more[-1].zero_()
+            for place, group in zip(self.present, self.groups, strict=True):
+                torch.mm(small[group, rank], b[place], out=more[group])
+            y[:, spans[path]] += more.index_select(0, self._back)
 
 
 def _demand_plain_lora(config: Any, folder: str) -> None:
