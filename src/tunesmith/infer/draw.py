@@ -18,6 +18,7 @@ from tunesmith.core.ports import SampleSettings
 BLOCKS = (256, 64)  # probabilities are summed by blocks of the vocabulary first
 CANDIDATES = (64, 1024, 8192)  # of the likeliest tokens, that top_p is looked for in before the whole vocabulary is sorted
 MOST_TOP_LOGPROBS = 1024
+MOST_BIAS = 100  # no logit comes back from there
 
 
 @dataclass(slots=True)
@@ -82,8 +83,8 @@ def check_settings(settings: SampleSettings, vocabulary: int | None = None) -> N
         ("top_logprobs", 0 <= settings.top_logprobs <= MOST_TOP_LOGPROBS, f"between 0 and {MOST_TOP_LOGPROBS}"),
         (
             "logit_bias",
-            all(0 <= token < (vocabulary or token + 1) and bias == bias for token, bias in settings.logit_bias.items()),
-            f"ids of the vocabulary{f' of {vocabulary}' if vocabulary else ''} with numbers",
+            all(0 <= token < (vocabulary or token + 1) and abs(bias) <= MOST_BIAS for token, bias in settings.logit_bias.items()),
+            f"ids of the vocabulary{f' of {vocabulary}' if vocabulary else ''} with numbers between -{MOST_BIAS} and {MOST_BIAS}",
         ),
     )
     for name, fine, wanted in rules:
@@ -202,7 +203,9 @@ class _Cut:
         by_count = top_k[:, 0] <= size
         by_mass = (top_p < 1)[:, 0] & (upto[:, -1] >= top_p[:, 0]) & (top_k[:, 0] == float("inf"))
         by_size = ((min_p > 0) & (chance[:, -1:] < min_p * chance[:, :1]))[:, 0] & (top_k[:, 0] == float("inf"))
-        self.sure: list[bool] = (by_count | by_mass | by_size).tolist()
+        # Where the least that is kept equals the least candidate, its equals outside may stand first in the vocabulary.
+        tied = ranked.masked_fill(~keep, float("inf")).amin(-1) == ranked[:, -1]
+        self.sure: list[bool] = ((by_count | by_mass | by_size) & ~tied).tolist()
 
 
 def _log_total(values: Tensor) -> Tensor:

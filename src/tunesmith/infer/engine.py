@@ -8,33 +8,30 @@ that ends makes room at once.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
 import torch
 
-from tunesmith.core.errors import DataError, RecipeError
+from tunesmith.core.errors import DataError, ModelError, RecipeError
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, check_settings, draw
-from tunesmith.infer.request import Front, Piece, Request, Row, common
+from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, worth_copying
 from tunesmith.infer.sampler import context_limit
 from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
 from tunesmith.model.many_adapters import ManyAdapters
-from tunesmith.model.memory import free_bytes
-from tunesmith.model.next_token import NextToken
+from tunesmith.model.next_token import NextToken, positions_that_fit, unfit
 from tunesmith.model.policy import Policy
-from tunesmith.model.probe import FAILURES
 
 MAX_ROWS = 64  # sampled at a time
 PROMPT_TOKENS = 2048  # new tokens of prompts that go through the model at once
 HEADROOM = 64  # positions that a new row gets beyond its prompt, so that it need not move at once
-WORTH = 16  # a front in the cache that is shorter than this is not looked for
-CACHE_SHARE = 0.5  # of the memory that is free when the engine starts, for keys and values
 
 
 class Engine:
@@ -50,7 +47,7 @@ class Engine:
     `int8`: products in 8 bits, faster and coarser (fused layers on a CPU only). `keep_fronts`: so many finished rows keep their keys and
     values, so that a request that goes on from one of them (the next turn of a chat, a shared system prompt) need not repeat it; only
     for weights that do not move.
-    Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` for an architecture that needs the plain sampler.
+    Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` for an architecture that needs the plain sampler, `no_int8`.
     """
 
     def __init__(
@@ -73,6 +70,10 @@ class Engine:
             raise RecipeError(f"max_rows is {max_rows}", where="max_rows", remedy="use at least 1", code="bad_setting")
         self.policy, self.tokenizer, self.lead = policy, tokenizer, lead
         self._next = NextToken(policy, int8=int8)
+        if int8:
+            gaps = self._next.gaps()
+            said = "int8: log-probabilities of %d random tokens differ from those of %s by %.3f on average"
+            logger.info(said, len(gaps), str(policy.dtype).removeprefix("torch."), sum(gaps) / len(gaps))
         self.stop_ids = tuple(dict.fromkeys(int(token) for token in stop_ids))
         if keep_fronts and policy.parameters_by_name():
             raise RecipeError(
@@ -89,15 +90,13 @@ class Engine:
         self._active: dict[int, Row] = {}
         self._fronts: deque[Front] = deque(maxlen=keep_fronts)
         self._numbers = itertools.count()
-        limit = context_limit(policy.model)
-        self._front = list(range(policy.vocabulary, policy.vocabulary + policy.virtual.count)) if policy.virtual is not None else []
-        self.limit = None if limit is None else limit - len(self._front)
 
     def sample(self, prompts: Sequence[Sequence[int]], settings: SampleSettings | Sequence[SampleSettings]) -> list[list[Completion]]:
         """For every prompt (token ids, not empty), `settings.n` completions, in the order given; one setting for all, or one for each.
 
         Equal prompts draw their own numbers. Nothing is kept from earlier calls, so that weights may have moved in between.
-        Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings.
+        Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings; ModelError
+        `not_finite` when the model says NaN or infinity.
         """
         each = [settings] * len(prompts) if isinstance(settings, SampleSettings) else list(settings)
         if len(each) != len(prompts):
@@ -119,6 +118,9 @@ class Engine:
                     self._step()
         finally:
             self.forget()
+        for rows in requests:
+            if rows[0].request.error is not None:
+                raise rows[0].request.error
         return [[one for one in rows[0].request.completions if one is not None] for rows in requests]
 
     def submit(self, prompt: Sequence[int], settings: SampleSettings) -> Request:
@@ -142,7 +144,7 @@ class Engine:
         self._waiting = deque(row for row in self._waiting if row.request is not request)
 
     def stream(self, prompt: Sequence[int], settings: SampleSettings) -> Generator[Piece, None, None]:
-        """The pieces of an answer as they come; leaving the loop early cancels the rest."""
+        """The pieces of an answer as they come; leaving the loop early cancels the rest. Raises as `sample`."""
         request = self.submit(prompt, settings)
         try:
             while not request.done or request.pieces:
@@ -150,6 +152,8 @@ class Engine:
                     yield request.pieces.popleft()
                 if not request.done:
                     self.step()
+            if request.error is not None:
+                raise request.error
         finally:
             self.cancel(request)
 
@@ -159,6 +163,12 @@ class Engine:
             self.cancel(request)
         self._fronts.clear()
         self._cache = Cache(self.cache_tokens)
+
+    @property
+    def limit(self) -> int | None:
+        """The tokens that prompt and answer may have together; None when the model does not say."""
+        limit = context_limit(self.policy.model)
+        return None if limit is None else limit - len(self.policy.front)
 
     @property
     def load(self) -> dict[str, int]:
@@ -178,10 +188,11 @@ class Engine:
                 f"the token id {odd} lies outside the vocabulary of {self.policy.vocabulary}", where=where,
                 remedy="use the tokenizer that belongs to this model", code="bad_token",
             )  # fmt: skip
-        room = settings.max_new_tokens if self.limit is None else min(settings.max_new_tokens, self.limit - len(ids))
+        limit = self.limit
+        room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - len(ids))
         if room < 1:
             raise DataError(
-                f"the prompt has {len(ids)} tokens and the model's context {self.limit}", where=where, remedy="shorten the prompt",
+                f"the prompt has {len(ids)} tokens and the model's context {limit}", where=where, remedy="shorten the prompt",
                 code="prompt_too_long",
             )  # fmt: skip
         longest = self.policy.alone_from
@@ -199,7 +210,7 @@ class Engine:
             numbers = stream(settings.seed, "sample", name, twin, index).random(room)
             text = Growing(self.tokenizer, ids, stops=settings.stop, lead=self.lead) if live or settings.stop else None
             asked = Asked(settings, frozenset(ids) if settings.repetition_penalty != 1 else frozenset())
-            whole = [*self._front, *ids]
+            whole = [*self.policy.front, *ids]
             rows.append(Row(next(self._numbers), request, index, whole, len(whole), room, numbers, asked, stops, text))
         return rows
 
@@ -231,9 +242,11 @@ class Engine:
 
     def _read_prompts(self, rows: list[Row]) -> list[Row]:
         """Send the next part of these rows' prompts through the model, as many as go at once; returns those that are not through."""
-        later, parts, taken = [], [], 0
+        later: list[Row] = []
         begun: list[Row] = []
-        for row in rows:
+        parts: list[tuple[Row, int]] = []
+        taken = 0
+        for row in sorted(rows, key=lambda row: row.number):
             donor = self._like(row, begun) if row.past == 0 else None
             if donor is not None:
                 later.append(row)  # once the other is through, its keys and values are copied
@@ -243,10 +256,14 @@ class Engine:
             missing = len(row.ids) - row.past
             if missing == 1:
                 continue  # goes with the next tokens
-            count = min(missing, max(PROMPT_TOKENS - taken, 0), max(PROMPT_TOKENS, len(self._front)))
-            if count < min(missing, WORTH):
+            # Virtual tokens go through in one piece, and a few tokens are not worth a pass.
+            least = min(missing, max(min(WORTH, PROMPT_TOKENS), len(self.policy.front) + 1 - row.past))
+            # Whole prompts have a faster way than those behind something, and virtual tokens are put in front of whole ones only.
+            another = bool(parts) and (row.past == 0) != (parts[0][0].past == 0)
+            if parts and (another or PROMPT_TOKENS - taken < least):
                 later.append(row)
                 continue
+            count = min(missing, max(PROMPT_TOKENS - taken, least))
             begun.append(row)
             parts.append((row, count))
             taken += count
@@ -254,7 +271,7 @@ class Engine:
             return later
         feed = Prompts(
             self._cache, [(row.number, row.ids[row.past : row.past + count], row.past) for row, count in parts], self.policy.device,
-            len(self._front),
+            len(self.policy.front),
         )  # fmt: skip
         by_number = {row.number: (row, count) for row, count in parts}
         through = []
@@ -268,22 +285,27 @@ class Engine:
         return [row for row in later if row.number in self._active]
 
     def _like(self, row: Row, others: Sequence[Row]) -> Row | None:
-        """A row whose prompt goes through the model now and begins as this one does, so that waiting for it saves most of the work."""
-        return next((other for other in others if other.adapter == row.adapter and 2 * common(other.ids, row.ids) > len(row.ids)), None)
+        """A row whose prompt goes through the model now and begins as this one does, so that waiting for it saves reading that again."""
+        for other in others:
+            shared = common(other.ids, row.ids) if other.adapter == row.adapter else 0
+            if shared - other.past >= min(WORTH, len(row.ids) - 1) and worth_copying(shared, row):
+                return other
+        return None
 
     def _copy_front(self, row: Row) -> None:
         """Take over the longest front of the row's ids that another row, or a kept front, has in the cache; one token stays to be read."""
-        most = len(row.ids) - 1
-        best, source = WORTH - 1, None
-        fronts: list[Row | Front] = [front for front in self._fronts if front.version == self.adapters.version(row.adapter)]
-        for other in [*fronts, *self._active.values()]:
-            if other is not row and other.adapter == row.adapter and (found := min(common(other.ids[: other.past], row.ids), most)) > best:
-                best, source = found, other
-        if source is None:
-            return
+        best = 0
+        source: Row | Front | None = None
+        fronts = [front for front in self._fronts if front.version == self.adapters.version(row.adapter)]
+        others: list[Row | Front] = [*fronts, *self._active.values()]
+        for other in others:
+            if other is not row and other.adapter == row.adapter:
+                shared = min(common(other.ids[: other.past], row.ids), len(row.ids) - 1)
+                if shared > best and worth_copying(shared, row):
+                    best, source = shared, other
         if isinstance(source, Row):
             self._cache.share(row.number, source.number, best)
-        else:
+        elif source is not None:
             self._cache.give(row.number, source.kept, best)
         row.past = best
 
@@ -328,6 +350,15 @@ class Engine:
 
     def _take(self, row: Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
         """Give a row its token, and end the row where it ends."""
+        if not math.isfinite(logprob):
+            row.request.error = ModelError(
+                f"what the model says after {len(row.ids)} tokens is not finite",
+                where="logits" if row.adapter is None else f"adapter {row.adapter}",
+                remedy="check the weights, or sample in fp32",
+                code="not_finite",
+            )
+            self.cancel(row.request)
+            return
         row.ids.append(token)
         row.logprobs.append(logprob)
         if row.request.settings.top_logprobs:
@@ -354,35 +385,8 @@ class Engine:
             new = slice(len(answer), None) if reason == "cancelled" else slice(len(answer) - 1, None)
             row.request.pieces.append(Piece(row.index, row.text.ready(end=True), tuple(answer[new]), tuple(row.logprobs[new]), done))
         if row.number in self._active:
-            if self.keep_fronts and row.past >= WORTH:
+            if self.keep_fronts and row.past >= WORTH and row.request.error is None:
                 kept = self._cache.take(row.number, row.past)
                 self._fronts.append(Front(row.ids[: row.past], row.past, row.adapter, self.adapters.version(row.adapter), kept))
-            self._cache.drop(row.number)
+            self._cache.drop(row.number, clean=row.request.error is not None)
             del self._active[row.number]
-
-
-def positions_that_fit(policy: Policy) -> int:
-    """How many positions of keys and values take the engine's share of the memory that is free now, by the model's configuration."""
-    config = policy.causal.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * heads * width * policy.dtype.itemsize
-    return max(1024, int(CACHE_SHARE * free_bytes(policy.device) / each))
-
-
-def unfit(policy: Policy) -> str:
-    """Why the engine cannot run a model ("" if it can): its attention is not ours, or reading token by token changes its numbers.
-
-    The second is tried once for a policy, on a few short documents.
-    """
-    if policy.layout != "packed":
-        return "its attention does not go through ours"
-    if policy.cached is None:
-        try:
-            gap = NextToken(policy).proof()
-            # Written so that NaN is refused.
-            fine = gap <= (0.05 if policy.dtype == torch.bfloat16 else 1e-3)
-            policy.cached = "" if fine else f"reading token by token changes its log-probabilities by {gap:.1e}"
-        except FAILURES as error:
-            policy.cached = f"reading token by token fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    return policy.cached

@@ -18,8 +18,9 @@ from tunesmith.data.formats.messages import read_turns
 from tunesmith.data.problem import Problem
 from tunesmith.data.sources import read
 from tunesmith.data.template import ChatTemplate, apply
-from tunesmith.infer.engine import MAX_ROWS, Engine, unfit
+from tunesmith.infer.engine import MAX_ROWS, Engine
 from tunesmith.infer.sampler import TransformersSampler
+from tunesmith.model.next_token import unfit
 from tunesmith.model.policy import Policy
 from tunesmith.model.reward import no_language_head
 

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Completion
 from tunesmith.infer.draw import Asked
 from tunesmith.infer.text import Growing
+
+WORTH = 32  # a shared front that is shorter than this, or than a quarter of the row, is read again
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,16 @@ class Piece:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt that is being answered, `settings.n` times: what has come so far, and the completions that are done (None: not yet)."""
+    """A prompt that is being answered, `settings.n` times: what has come so far, and the completions that are done (None: not yet).
+
+    `error`: why it ended before its time; its completions are then cancelled ones.
+    """
 
     prompt: tuple[int, ...]
     settings: SampleSettings
     completions: list[Completion | None]
     live: bool = False
+    error: TunesmithError | None = None
     pieces: deque[Piece] = field(default_factory=deque)
 
     @property
@@ -90,3 +97,9 @@ def common(left: Sequence[int], right: Sequence[int]) -> int:
     if left[:size] == right[:size]:
         return size
     return next(i for i in range(size) if left[i] != right[i])
+
+
+def worth_copying(shared: int, row: Row) -> bool:
+    """Whether taking over so many positions of another row beats reading them again together with the rest of the prompt."""
+    most = len(row.ids) - 1
+    return shared >= most or shared >= max(WORTH, most // 4)

@@ -116,9 +116,15 @@ class Cache:
         self._close_gap(pool, place)
         return True
 
-    def drop(self, row: int) -> None:
-        """Give a row's slot back; the last row of its pool moves into the gap."""
+    def drop(self, row: int, *, clean: bool = False) -> None:
+        """Give a row's slot back; the last row of its pool moves into the gap.
+
+        `clean` wipes the slot first. What is left in one is masked for the next row there, which infinity and NaN survive.
+        """
         pool, place = self._at.pop(row)
+        if clean:
+            for held in (*pool.keys.values(), *pool.values.values()):
+                held[place].zero_()
         self._close_gap(pool, place)
 
     def share(self, row: int, other: int, count: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
@@ -27,6 +28,7 @@ from tunesmith.model.tokenizer import resolve
 
 MOST_ACTIVE = 64
 MANY = 256  # tokens from which each goes through its own adapter only
+MOVING = ("pissa", "olora", "corda", "loftq")  # PEFT takes these starts out of the base again when it reads the folder
 _PREFIX = "base_model.model."
 
 
@@ -85,6 +87,7 @@ class ManyAdapters:
         self._shapes: dict[str, tuple[int, int]] = {}
         self._clock = 0
         self._now: Mix | None = None
+        self._watched: set[str] = set()
 
     @property
     def names(self) -> list[str]:
@@ -121,9 +124,9 @@ class ManyAdapters:
         self.demand(name)
         self._demand_idle(name)
         del self._known[name]
+        self._used.pop(name, None)
         if name in self._places:
             self._places[self._places.index(name)] = None
-            self._used.pop(name, None)
 
     def demand(self, name: str) -> None:
         """Raises RecipeError `unknown_adapter` for a name that is not loaded."""
@@ -212,9 +215,9 @@ class ManyAdapters:
 
     def _watch(self, path: str) -> None:
         """Let a layer that runs as a module add its rows' adapters."""
-        module = self.policy.causal.get_submodule(path)
-        if "tunesmith_mixed" in module.__dict__:
+        if path in self._watched:
             return
+        self._watched.add(path)
 
         def add(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self._now is None:
@@ -223,7 +226,7 @@ class ManyAdapters:
             self._now.add({path: slice(0, output.shape[-1])}, inputs[0].reshape(-1, inputs[0].shape[-1]), flat)
             return flat.view_as(output)
 
-        module.__dict__["tunesmith_mixed"] = module.register_forward_hook(add)
+        self.policy.causal.get_submodule(path).register_forward_hook(add)
 
     def _shape(self, path: str) -> tuple[int, int]:
         """(outputs, inputs) of a layer."""
@@ -244,12 +247,17 @@ class ManyAdapters:
         own, theirs = str(self.policy.causal.config._name_or_path), str(config.base_model_name_or_path or "")
         if theirs and own and Path(theirs).name != Path(own).name:
             logger.warning("%s was trained on %s and is put on %s", folder, theirs, own)
-        stored = load_peft_weights(folder, device="cpu")
+        try:
+            stored = load_peft_weights(folder, device="cpu", local_files_only=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"the adapter's weights cannot be read: {said}", where=folder, remedy="save or fetch the adapter again", code="bad_adapter"
+            ) from error
         layers: dict[str, tuple[Tensor, Tensor]] = {}
-        odd = sorted(key for key in stored if not key.endswith((".lora_A.weight", ".lora_B.weight")))
-        for key in sorted(stored):
-            if not key.endswith(".lora_A.weight"):
-                continue
+        seconds = {key.replace(".lora_A.", ".lora_B.") for key in stored if key.endswith(".lora_A.weight")}
+        odd = sorted(key for key in stored if not key.endswith(".lora_A.weight") and key not in seconds)
+        for key in sorted(key for key in stored if key.endswith(".lora_A.weight")):
             path, other = key.removesuffix(".lora_A.weight").removeprefix(_PREFIX), key.replace(".lora_A.", ".lora_B.")
             if other not in stored or not self._fits(path, stored[key], stored[other]):
                 odd.append(key)
@@ -272,6 +280,8 @@ class ManyAdapters:
             layer: Any = self.policy.causal.get_submodule(path)
         except AttributeError:
             return False
+        if layer is self.policy.causal.get_output_embeddings():
+            return False  # the head is read without its module
         if not (isinstance(layer, torch.nn.Linear) or quant.kind_of(layer) is not None or type(layer).__name__ == "Conv1D"):
             return False
         outputs, inputs = self._shape(path)
@@ -338,6 +348,7 @@ def _demand_plain_lora(config: Any, folder: str) -> None:
         asked = {
             "DoRA": config.use_dora, "trained modules beside it": config.modules_to_save, "trained biases": config.bias != "none",
             "a bias in B": getattr(config, "lora_bias", False), "target_parameters": getattr(config, "target_parameters", None),
+            "a start that moved its base": str(config.init_lora_weights).partition("_")[0] in MOVING,
         }  # fmt: skip
         found = [name for name, value in asked.items() if value]
     if found:

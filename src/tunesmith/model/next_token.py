@@ -8,22 +8,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tunesmith.core.errors import RecipeError
 from tunesmith.model import attention, fuse, reward
 from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
+from tunesmith.model.memory import free_bytes
 from tunesmith.model.policy import Policy
-from tunesmith.model.probe import probe_batch
+from tunesmith.model.probe import FAILURES, probe_batch
 from tunesmith.model.products import Way, product
+
+CACHE_SHARE = 0.5  # of the memory that is free when an engine is made, for keys and values
 
 
 class NextToken:
     """The sampling side of a policy. What it makes ready of frozen weights is kept from one `ready` to the next.
 
-    `int8`: the fused layers and the head multiply in 8 bits. Raises ModelError `no_language_head` for a reward model.
+    `int8`: the fused layers and the head multiply in 8 bits. Raises ModelError `no_language_head` for a reward model, RecipeError `no_int8`
+    where no layer is fused.
     """
 
     def __init__(self, policy: Policy, *, int8: bool = False) -> None:
         if policy.scalar:
             raise reward.no_language_head()
+        if int8 and policy.layers != "fused":
+            raise RecipeError(
+                "products in 8 bits are for layers that run as one function: models of the Llama family on a CPU",
+                where="int8",
+                remedy="leave it out",
+                code="no_int8",
+            )
         self.policy, self.int8 = policy, int8
         self._head: Way | None = None
 
@@ -68,14 +80,14 @@ class NextToken:
             logits.div_(policy.head_form.cap).tanh_().mul_(policy.head_form.cap)
         return logits
 
-    def proof(self) -> float:
-        """How far cached rows are from `Policy.score`, in log-probabilities of probe documents: the largest gap (in bf16 the mean).
+    def gaps(self) -> list[float]:
+        """How far cached rows are from `Policy.score`, in log-probabilities of the tokens of a few random documents.
 
         The first half of every document is read at once, then two tokens behind it, the rest one at a time.
         """
         policy = self.policy
         batch = probe_batch(policy.causal, policy.vocabulary)
-        front = [] if policy.virtual is None else list(range(policy.vocabulary, policy.vocabulary + policy.virtual.count))
+        front = policy.front
         ids = [[*front, *batch.ids[s.start : s.stop].tolist()] for s in batch.segments]
         read = [(len(front) + len(row)) // 2 for row in ids]
         found: dict[tuple[int, int], float] = {}
@@ -105,8 +117,7 @@ class NextToken:
                     read[row] += 1
                 note(feed)
         places = [(row, place) for row, s in enumerate(batch.segments) for place in range(1, s.stop - s.start)]
-        gaps = [abs(found[where] - logp) for where, logp in zip(places, truth, strict=True) if where in found]
-        return float(sum(gaps) / len(gaps) if policy.dtype == torch.bfloat16 else max(gaps))
+        return [abs(found[where] - logp) for where, logp in zip(places, truth, strict=True) if where in found]
 
     def _head_of(self, dtype: torch.dtype) -> Way:
         if self._head is None:
@@ -116,3 +127,31 @@ class NextToken:
             bias = None if output.bias is None else output.bias.detach()
             self._head = product([policy.copies.of(output.weight, dtype)], [bias], dtype, int8=self.int8 and fused)
         return self._head
+
+
+def positions_that_fit(policy: Policy) -> int:
+    """How many positions of keys and values take the engine's share of the memory that is free now, by the model's configuration."""
+    config = policy.causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * width * policy.dtype.itemsize
+    return max(1024, int(CACHE_SHARE * free_bytes(policy.device) / each))
+
+
+def unfit(policy: Policy) -> str:
+    """Why the engine cannot run a model ("" if it can): its attention is not ours, or reading token by token changes its numbers.
+
+    The second is tried once for a policy, on a few short documents.
+    """
+    if policy.layout != "packed":
+        return "its attention does not go through ours"
+    if policy.cached is None:
+        try:
+            gaps = NextToken(policy).gaps()
+            gap = sum(gaps) / len(gaps) if policy.dtype == torch.bfloat16 else max(gaps)
+            # Written so that NaN is refused.
+            fine = gap <= (0.05 if policy.dtype == torch.bfloat16 else 1e-3)
+            policy.cached = "" if fine else f"reading token by token changes its log-probabilities by {gap:.1e}"
+        except FAILURES as error:
+            policy.cached = f"reading token by token fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return policy.cached

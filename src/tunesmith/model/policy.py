@@ -73,6 +73,12 @@ class Policy:
         """Whether the trained weights are an adapter's."""
         return self.model is not self.causal
 
+    @property
+    def front(self) -> list[int]:
+        """The ids that stand for virtual tokens in front of every row; none without them, or while they are switched off."""
+        virtual = self.virtual
+        return list(range(self.vocabulary, self.vocabulary + virtual.count)) if virtual is not None and virtual.at_work else []
+
     def score(self, batch: Batch) -> Outputs:
         """Log-probabilities of exactly the tokens whose `train` is not 0, in batch order.
 
