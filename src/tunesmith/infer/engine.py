@@ -47,7 +47,8 @@ class Engine:
     `int8`: products in 8 bits, faster and coarser (fused layers on a CPU only). `keep_fronts`: so many finished rows keep their keys and
     values, so that a request that goes on from one of them (the next turn of a chat, a shared system prompt) need not repeat it; only
     for weights that do not move.
-    Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` for an architecture that needs the plain sampler, `no_int8`.
+    Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` for an architecture that needs the plain sampler,
+    `no_int8` where no layer is fused.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Completion, Message
 from tunesmith.data.template import ChatTemplate
@@ -55,9 +56,15 @@ class Talk:
                     if piece.text:
                         yield piece.text
                     done = piece.done
+            except TunesmithError:
+                raise  # the talk stays as it was
+            except BaseException:
+                self.messages = [*messages, Message("assistant", said)]
+                raise
+            else:
+                self.messages = [*messages, Message("assistant", done.text if done is not None else said)]
             finally:
                 pieces.close()
-                self.messages = [*messages, Message("assistant", done.text if done is not None else said)]
             return
         [[done]] = self._sampler.sample([ids], settings)
         self.messages = [*messages, Message("assistant", done.text)]
