@@ -36,6 +36,8 @@ class Pool:
         self.slots = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._seen: tuple[int, int, int] = (0, 0, 0)
+        self._sights: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, row: int) -> int:
         """The place of a new row."""
@@ -55,6 +57,14 @@ class Pool:
                 # Zeros, not chance: what is masked gets weight zero, and zero times NaN would be NaN.
                 held[layer] = like.new_zeros(self.slots, like.shape[-2], self.width, like.shape[-1])
         return self.keys[layer], self.values[layer]
+
+    def sight(self, layer: int, rows: int, seen: int) -> tuple[Tensor, Tensor]:
+        """The first `seen` keys and values of the first `rows` rows; made once for the many steps that look the same."""
+        if self._seen != (rows, seen, self.slots):
+            self._seen, self._sights = (rows, seen, self.slots), {}
+        if layer not in self._sights:
+            self._sights[layer] = (self.keys[layer][:rows, :, :seen], self.values[layer][:rows, :, :seen])
+        return self._sights[layer]
 
     def copy(self, place: int, other: Pool, from_place: int, count: int) -> None:
         """The first `count` positions of a row of `other` to the row at `place`."""
@@ -256,30 +266,32 @@ class NextTokens(Feed):
         self.last = torch.arange(len(self.rows), device=device)
         self.longest = int(past.max()) + 1
         self._parts: list[tuple[Pool, slice, np.ndarray[Any, Any]]] = []
+        self._widths: list[int] = []
         start = 0
         for pool in pools:
             part = slice(start, start + len(pool.rows))
             self._parts.append((pool, part, past[part]))
+            self._widths.append(min(pool.width, -(-(int(past[part].max()) + 1) // STEP) * STEP))
             start = part.stop
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None = None) -> Tensor:  # noqa: ARG002
         outs = []
+        alone = len(self._parts) == 1 and len(query) == len(self.rows)
         for number, (pool, part, past) in enumerate(self._parts):
+            q, k, v = (query, key, value) if alone else (query[part], key[part], value[part])
             keys, values = pool.room(layer, key, value)
-            k, v, q = key[part], value[part], query[part]
             for held, new in ((keys, k), (values, v)):
                 index = self._places(number, pool, past, new.shape[1])
                 held.view(-1, new.shape[2]).index_copy_(0, index, new.reshape(-1, new.shape[2]))
-            seen = min(pool.width, -(-(int(past.max()) + 1) // STEP) * STEP)
-            m = len(past)
-            sight_keys, sight_values = keys[:m, :, :seen], values[:m, :, :seen]
+            seen = self._widths[number]
+            sight_keys, sight_values = pool.sight(layer, len(past), seen)
             mask = self._mask(number, past, seen, form.window, query.dtype)
             if form.simple and q.shape[-1] == v.shape[-1]:
                 out = F.scaled_dot_product_attention(
-                    q[:, :, None], sight_keys, sight_values, attn_mask=mask, scale=form.scale, enable_gqa=q.shape[1] != k.shape[1]
-                )[:, :, 0]
+                    q.unsqueeze(2), sight_keys, sight_values, attn_mask=mask, scale=form.scale, enable_gqa=q.shape[1] != k.shape[1]
+                ).squeeze(2)
             else:
-                out = attend_plainly(q[:, :, None], sight_keys, sight_values, form, mask == 0)[:, :, 0]
+                out = attend_plainly(q.unsqueeze(2), sight_keys, sight_values, form, mask == 0).squeeze(2)
             outs.append(out)
         if filler := len(query) - len(self.rows):
             outs.append(outs[0].new_zeros(filler, *outs[0].shape[1:]))
