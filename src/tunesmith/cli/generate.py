@@ -49,6 +49,7 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     batch: Annotated[int, typer.Option(min=1, help="answers sampled at a time")] = 64,
     int8: Annotated[bool, typer.Option("--int8", help="products in 8 bits: faster on a CPU, coarser")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="transformers' generate in place of the engine, to compare")] = False,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="the output is JSON lines in any case")] = False,
@@ -75,7 +76,7 @@ def generate(
     opened = open_model(model, adapter=adapter, template="none" if raw else template, dtype=dtype, device=device)
     rows = sample(
         opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named if any(named) else (),
-        how=How(max_rows=batch, int8=int8, folders=folders),
+        how=How(max_rows=batch, int8=int8, folders=folders, plain=plain),
     )  # fmt: skip
     for row in rows:
         say(row)

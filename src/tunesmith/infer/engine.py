@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from tunesmith.core.errors import DataError, ModelError, RecipeError
+from tunesmith.core.errors import ModelError, RecipeError
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, check_settings, draw
-from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, worth_copying
+from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, room_for, worth_copying
 from tunesmith.infer.sampler import context_limit
 from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
@@ -104,6 +104,13 @@ class Engine:
             raise RecipeError(
                 f"{len(each)} settings for {len(prompts)} prompts", where="settings", remedy="give one for each, or one for all"
             )
+        if self._waiting or self._active:
+            raise RecipeError(
+                "other requests are open in this engine, which a list of prompts would end",
+                where="sample",
+                remedy="let them end, use submit for these too, or make another engine",
+                code="engine_busy",
+            )
         self.forget()
         seen: Counter[tuple[int, ...]] = Counter()
         requests = []
@@ -182,26 +189,7 @@ class Engine:
     def _request(self, ids: tuple[int, ...], settings: SampleSettings, *, where: str, twin: int, live: bool) -> list[Row]:
         """The rows of a request, checked; a live one is told piece by piece."""
         check_settings(settings, self.policy.vocabulary)
-        if not ids:
-            raise DataError("the prompt has no tokens", where=where, remedy="give at least one token", code="empty_prompt")
-        if (odd := next((token for token in ids if not 0 <= token < self.policy.vocabulary), None)) is not None:
-            raise DataError(
-                f"the token id {odd} lies outside the vocabulary of {self.policy.vocabulary}", where=where,
-                remedy="use the tokenizer that belongs to this model", code="bad_token",
-            )  # fmt: skip
-        limit = self.limit
-        room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - len(ids))
-        if room < 1:
-            raise DataError(
-                f"the prompt has {len(ids)} tokens and the model's context {limit}", where=where, remedy="shorten the prompt",
-                code="prompt_too_long",
-            )  # fmt: skip
-        longest = self.policy.alone_from
-        if longest is not None and len(ids) + room > longest:
-            raise DataError(
-                f"beyond {longest} tokens this model's positions depend on the length, which a cache cannot follow", where=where,
-                remedy=f"shorten the prompt, or set max_new_tokens to at most {longest - len(ids)}", code="prompt_too_long",
-            )  # fmt: skip
+        room = room_for(ids, settings.max_new_tokens, self.policy.vocabulary, self.limit, self.policy.alone_from, where)
         if settings.adapter is not None:
             self.adapters.demand(settings.adapter)
         request = Request(ids, settings, [None] * settings.n, live)
@@ -217,11 +205,24 @@ class Engine:
 
     def _step(self) -> None:
         self._admit()
-        prompts = [row for row in self._active.values() if len(row.ids) - row.past > 1]
-        while prompts:
-            prompts = self._read_prompts(prompts)
-        if self._active:
-            self._next_tokens()
+        try:
+            prompts = [row for row in self._active.values() if len(row.ids) - row.past > 1]
+            while prompts:
+                prompts = self._read_prompts(prompts)
+            if self._active:
+                self._next_tokens()
+        except torch.OutOfMemoryError:
+            if len(self._active) == 1:
+                raise
+            self._shed()
+
+    def _shed(self) -> None:
+        """Go on with half of the rows; the younger half goes back to the line."""
+        self.max_rows = len(self._active) // 2
+        logger.info("out of memory while sampling %d rows at once: going on with %d", len(self._active), self.max_rows)
+        for row in sorted(self._active.values(), key=lambda row: -row.number)[: len(self._active) - self.max_rows]:
+            self._put_back(row)
+        torch.cuda.empty_cache()
 
     def _admit(self) -> None:
         """Let rows in, in the order in which they came, while there is room in the batch and in the cache."""
@@ -316,17 +317,8 @@ class Engine:
             while row.number in self._active and not self._cache.widen(row.number, len(row.ids)):
                 self._put_back(max(self._active.values(), key=lambda other: other.number))
         tokens = {row.number: (row.ids[-1], row.past) for row in self._active.values()}
-        try:
-            feed = NextTokens(self._cache, tokens, self.policy.device)
-            self._advance(feed, [(place, self._active[number]) for place, number in enumerate(feed.rows)], dict.fromkeys(tokens, 1))
-        except torch.OutOfMemoryError:
-            if len(self._active) == 1:
-                raise
-            self.max_rows = len(self._active) // 2
-            logger.info("out of memory while sampling %d rows at once: going on with %d", len(self._active), self.max_rows)
-            for row in sorted(self._active.values(), key=lambda row: -row.number)[: len(self._active) - self.max_rows]:
-                self._put_back(row)
-            torch.cuda.empty_cache()
+        feed = NextTokens(self._cache, tokens, self.policy.device)
+        self._advance(feed, [(place, self._active[number]) for place, number in enumerate(feed.rows)], dict.fromkeys(tokens, 1))
 
     def _put_back(self, row: Row) -> None:
         """Take a row out of the batch; it will read its prompt and what it has said once more when there is room again."""
@@ -340,14 +332,18 @@ class Engine:
         with self.adapters.at_work(feed.mix):
             last = feed.last if len(rows) == len(feed.rows) else feed.last[torch.tensor([p for p, _ in rows], dtype=torch.long)]
             logits = self._next.logits(feed, last)
-        for number, count in counts.items():  # not before: an interrupted pass leaves keys half written
-            self._active[number].past += count
+        # Not before: an interrupted pass leaves keys half written. A row that gets a token goes on when it gets it.
+        drawing = {row.number for _, row in rows}
+        for number in counts.keys() - drawing:
+            self._active[number].past += counts[number]
         if not rows:
             return
         numbers = [float(row.uniform[len(row.logprobs)]) for _, row in rows]
         drawn = draw(logits, [row.asked for _, row in rows], numbers)
         for (_, row), token, logprob, top in zip(rows, drawn.tokens, drawn.logprobs, drawn.tops, strict=True):
-            self._take(row, token, logprob, top)
+            if row.number in self._active:  # not ended together with another answer to its prompt
+                row.past += counts[row.number]
+                self._take(row, token, logprob, top)
 
     def _take(self, row: Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
         """Give a row its token, and end the row where it ends."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import DataError, TemplateError
+from tunesmith.core.errors import DataError, RecipeError, TemplateError
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Source
@@ -27,12 +27,16 @@ from tunesmith.model.reward import no_language_head
 
 @dataclass(frozen=True)
 class How:
-    """What an engine is made with: rows at a time, products in 8 bits, kept fronts, and LoRA adapters (folder by name)."""
+    """What an engine is made with: rows at a time, products in 8 bits, kept fronts, and LoRA adapters (folder by name).
+
+    `plain`: its plain twin instead, one batch after another, which can do without all of these.
+    """
 
     max_rows: int = MAX_ROWS
     int8: bool = False
     keep_fronts: int = 0
     folders: Mapping[str, str] = field(default_factory=dict)
+    plain: bool = False
 
 
 PLAIN = How()
@@ -104,9 +108,13 @@ def sampler_for(
     """
     if policy.scalar:
         raise no_language_head()
-    reason = unfit(policy)
+    reason = "it was asked for" if how.plain else unfit(policy)
     if policy.alone_from is not None:
         reason = f"beyond {policy.alone_from} tokens its positions depend on the length of the whole text"
+    if how.plain and (how.int8 or how.folders):
+        raise RecipeError(
+            "the plain sampler has neither int8 nor adapters by name", where="plain", remedy="leave plain out", code="no_engine"
+        )
     if reason and not (how.int8 or how.folders):
         logger.info("sampling goes the plain way: %s", reason)
         return TransformersSampler(policy.model, tokenizer, stop_ids=stop_ids, lead=lead, attention=policy.own_attention)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import DataError, TunesmithError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Completion
 from tunesmith.infer.draw import Asked
@@ -89,6 +89,39 @@ class Front:
     adapter: str | None
     version: int
     kept: dict[int, tuple[Tensor, Tensor]]
+
+
+def room_for(ids: Sequence[int], wanted: int, vocabulary: int, limit: int | None, longest: int | None, where: str) -> int:
+    """How many tokens an answer to this prompt may have: those wanted, or what the context of `limit` tokens leaves.
+
+    `longest`: where the positions begin to depend on the length of the text. Raises DataError `empty_prompt`, `bad_token`,
+    `prompt_too_long`.
+    """
+    if not ids:
+        raise DataError("the prompt has no tokens", where=where, remedy="give at least one token", code="empty_prompt")
+    if (odd := next((token for token in ids if not 0 <= token < vocabulary), None)) is not None:
+        raise DataError(
+            f"the token id {odd} lies outside the vocabulary of {vocabulary}",
+            where=where,
+            remedy="use the tokenizer that belongs to this model",
+            code="bad_token",
+        )
+    room = wanted if limit is None else min(wanted, limit - len(ids))
+    if room < 1:
+        raise DataError(
+            f"the prompt has {len(ids)} tokens and the model's context {limit}",
+            where=where,
+            remedy="shorten the prompt",
+            code="prompt_too_long",
+        )
+    if longest is not None and len(ids) + room > longest:
+        raise DataError(
+            f"beyond {longest} tokens this model's positions depend on the length, which a cache cannot follow",
+            where=where,
+            remedy=f"shorten the prompt, or set max_new_tokens to at most {longest - len(ids)}",
+            code="prompt_too_long",
+        )
+    return room
 
 
 def common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -132,6 +132,10 @@ def _forward(
     **kwargs: Any,
 ) -> Tensor:
     """The signature of transformers' decoder layers; sampling and layers with dropout in their adapter go its own way."""
+    if isinstance(tunesmith_layout, Feed) and self.tunesmith.ready is not None and position_embeddings is not None:
+        with torch.autocast("cpu", enabled=False):
+            y = _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states[0], position_embeddings, attention_mask)
+            return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
     linears = None if tunesmith_layout is None or past_key_values is not None else _linears(self)
     if linears is None or tunesmith_layout is None or position_embeddings is None:
         if tunesmith_layout is not None:
@@ -145,7 +149,8 @@ def _forward(
         return out
     with torch.autocast("cpu", enabled=False):
         if isinstance(tunesmith_layout, Feed):
-            y = _sample(self, linears, tunesmith_layout, hidden_states[0], position_embeddings, attention_mask)
+            self.tunesmith.ready = _ready(self, linears)  # once for all calls until `forget_ready`
+            y = _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states[0], position_embeddings, attention_mask)
             return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
         plan, parameters = _plan(self, linears, tunesmith_layout, position_embeddings, attention_mask)
         y = fused_layer(hidden_states[0].to(wide(plan.dtype)), plan, *parameters)
@@ -155,19 +160,16 @@ def _forward(
 
 def _sample(
     layer: Any,
-    linears: dict[str, tuple[nn.Linear, lora.Factors | None]],
+    ready: Ready,
     feed: Feed,
     x: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     marker: Tensor | None,
 ) -> Tensor:
-    """The layer over cached rows; what it needs is made ready once for all calls until `forget_ready`."""
-    fused = layer.tunesmith
-    if fused.ready is None:
-        fused.ready = _ready(layer, linears)
+    """The layer over cached rows."""
     window = window_of(marker, getattr(layer.self_attn, "sliding_window", None), feed)
-    rotary = cached_layer.rotary_of(*position_embeddings, feed, fused.dtype)
-    return cached_layer.forward(x.to(wide(fused.dtype)), fused.ready, feed, rotary, window)
+    rotary = cached_layer.rotary_of(*position_embeddings, feed, ready.dtype)
+    return cached_layer.forward(x.to(wide(ready.dtype)), ready, feed, rotary, window)
 
 
 def _ready(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> Ready:
