@@ -1,0 +1,28 @@
+"""What tests of every part use."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from tunesmith.core.log import logger
+
+
+class _Keep(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the house says during a test, each line once, whether or not an earlier test had it speak to stderr instead of the root."""
+    keep, level = _Keep(), logger.level
+    logger.addHandler(keep)
+    logger.setLevel(logging.INFO)
+    yield keep.lines
+    logger.removeHandler(keep)
+    logger.setLevel(level)
