@@ -1,11 +1,16 @@
 """What tests of every part use."""
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tunesmith.core.log import logger
+
+# A shell starts background jobs with Ctrl-C ignored, which children inherit: the tests that press it would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Keep(logging.Handler):

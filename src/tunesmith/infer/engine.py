@@ -189,7 +189,7 @@ class Engine:
     def _request(self, ids: tuple[int, ...], settings: SampleSettings, *, where: str, twin: int, live: bool) -> list[Row]:
         """The rows of a request, checked; a live one is told piece by piece."""
         check_settings(settings, self.policy.vocabulary)
-        room = room_for(ids, settings.max_new_tokens, self.policy.vocabulary, self.limit, self.policy.alone_from, where)
+        room = room_for(ids, settings.max_new_tokens, self.limit, where, vocabulary=self.policy.vocabulary, longest=self.policy.alone_from)
         if settings.adapter is not None:
             self.adapters.demand(settings.adapter)
         request = Request(ids, settings, [None] * settings.n, live)

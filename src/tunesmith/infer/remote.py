@@ -20,6 +20,7 @@ from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import seed_of
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import check_settings
+from tunesmith.infer.request import room_for
 from tunesmith.infer.text import continuation
 
 if TYPE_CHECKING:
@@ -309,12 +310,7 @@ def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit:
     seen: Counter[tuple[int, ...]] = Counter()
     for number, prompt in enumerate(prompts):
         ids = tuple(int(token) for token in prompt)
-        if not ids:
-            raise DataError("the prompt has no tokens", where=f"prompt {number}", remedy="give at least one token", code="empty_prompt")
-        room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - len(ids))
-        if room < 1:
-            said = f"the prompt has {len(ids)} tokens and the server's context {limit}"
-            raise DataError(said, where=f"prompt {number}", remedy="shorten the prompt", code="prompt_too_long")
+        room = room_for(ids, settings.max_new_tokens, limit, f"prompt {number}")
         name = content_hash(ids)
         # 31 bits, which every server takes: several keep a seed in 32.
         seeds = (seed_of(settings.seed, "sample", name, seen[ids], index) >> 32 for index in range(settings.n))

@@ -91,15 +91,17 @@ class Front:
     kept: dict[int, tuple[Tensor, Tensor]]
 
 
-def room_for(ids: Sequence[int], wanted: int, vocabulary: int, limit: int | None, longest: int | None, where: str) -> int:
-    """How many tokens an answer to this prompt may have: those wanted, or what the context of `limit` tokens leaves.
+def room_for(
+    ids: Sequence[int], wanted: int, limit: int | None, where: str, *, vocabulary: int | None = None, longest: int | None = None
+) -> int:
+    """How many tokens an answer to this prompt may have: those wanted, or what the context of `limit` tokens (None: not known) leaves.
 
     `longest`: where the positions begin to depend on the length of the text. Raises DataError `empty_prompt`, `bad_token`,
     `prompt_too_long`.
     """
     if not ids:
         raise DataError("the prompt has no tokens", where=where, remedy="give at least one token", code="empty_prompt")
-    if (odd := next((token for token in ids if not 0 <= token < vocabulary), None)) is not None:
+    if vocabulary is not None and (odd := next((token for token in ids if not 0 <= token < vocabulary), None)) is not None:
         raise DataError(
             f"the token id {odd} lies outside the vocabulary of {vocabulary}",
             where=where,

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from tunesmith.core.errors import DataError, RecipeError
+from tunesmith.core.errors import RecipeError
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, Drawn, check_settings, draw
+from tunesmith.infer.request import room_for
 from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.attention import NAME as OUR_ATTENTION
 from tunesmith.model.positions import alone_from
@@ -198,16 +199,7 @@ def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit:
     seen: Counter[tuple[int, ...]] = Counter()
     for number, prompt in enumerate(prompts):
         ids = tuple(int(token) for token in prompt)
-        if not ids:
-            raise DataError("the prompt has no tokens", where=f"prompt {number}", remedy="give at least one token", code="empty_prompt")
-        room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - len(ids))
-        if room < 1:
-            raise DataError(
-                f"the prompt has {len(ids)} tokens and the model's context {limit}",
-                where=f"prompt {number}",
-                remedy="shorten the prompt",
-                code="prompt_too_long",
-            )
+        room = room_for(ids, settings.max_new_tokens, limit, f"prompt {number}")
         name = content_hash(ids)
         for index in range(settings.n):
             numbers = stream(settings.seed, "sample", name, seen[ids], index).random(room)
