@@ -8,6 +8,7 @@ N new tokens, H query heads, K key heads, D head width, m rows of one width.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.core.errors import BugError
+from tunesmith.model import huge_pages
 from tunesmith.model.attention import Form, attend_documents, attend_plainly, window_of
 from tunesmith.model.layout import Layout, send
 from tunesmith.model.virtual import prefix_of
@@ -46,7 +48,7 @@ class Pool:
             self.slots = max(FIRST_SLOTS, 2 * self.slots)
             for held in (self.keys, self.values):
                 for layer, old in held.items():
-                    held[layer] = old.new_zeros(self.slots, *old.shape[1:])
+                    held[layer] = _zeros((self.slots, *old.shape[1:]), old)
                     held[layer][: len(old)] = old
         return len(self.rows) - 1
 
@@ -55,7 +57,7 @@ class Pool:
         if layer not in self.keys:
             for held, like in ((self.keys, key), (self.values, value)):
                 # Zeros, not chance: what is masked gets weight zero, and zero times NaN would be NaN.
-                held[layer] = like.new_zeros(self.slots, like.shape[-2], self.width, like.shape[-1])
+                held[layer] = _zeros((self.slots, like.shape[-2], self.width, like.shape[-1]), like)
         return self.keys[layer], self.values[layer]
 
     def sight(self, layer: int, rows: int, seen: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,7 @@ class Pool:
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, old in theirs.items():
                 if layer not in ours:
-                    ours[layer] = old.new_zeros(self.slots, old.shape[1], self.width, old.shape[3])
+                    ours[layer] = _zeros((self.slots, old.shape[1], self.width, old.shape[3]), old)
                 ours[layer][place, :, :count] = old[from_place, :, :count]
 
     def bytes(self) -> int:
@@ -174,12 +176,16 @@ class Cache:
             del self.pools[pool.width]
 
 
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return huge_pages.CACHE.empty(shape, like.dtype).zero_() if like.is_cpu else like.new_zeros(shape)
+
+
 def width_for(length: int) -> int:
     """The width of the slot for so many positions: the next power of two."""
     return max(NARROWEST, 1 << (length - 1).bit_length())
 
 
-class Feed:
+class Feed(abc.ABC):
     """New tokens of cached rows in one forward pass, end to end; handed to the layers in place of a layout.
 
     `positions` [N] places in their rows; `longest` is the number of keys that the longest row has in sight; `last` [rows] where each
@@ -197,9 +203,9 @@ class Feed:
         self.last: Tensor
         self.longest = 0
 
+    @abc.abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None = None) -> Tensor:
         """Attention of the new tokens [N, H, D] over their rows, with keys and values [N, K, D] put into the cache first: [N, H, D]."""
-        raise NotImplementedError
 
     def of_module(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, marker: Tensor | None, sliding: int | None, form: Form
@@ -265,19 +271,19 @@ class NextTokens(Feed):
         self.positions = send(past, device)
         self.last = torch.arange(len(self.rows), device=device)
         self.longest = int(past.max()) + 1
-        self._parts: list[tuple[Pool, slice, np.ndarray[Any, Any]]] = []
+        self.parts: list[tuple[Pool, slice, np.ndarray[Any, Any]]] = []
         self._widths: list[int] = []
         start = 0
         for pool in pools:
             part = slice(start, start + len(pool.rows))
-            self._parts.append((pool, part, past[part]))
+            self.parts.append((pool, part, past[part]))
             self._widths.append(min(pool.width, -(-(int(past[part].max()) + 1) // STEP) * STEP))
             start = part.stop
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None = None) -> Tensor:  # noqa: ARG002
         outs = []
-        alone = len(self._parts) == 1 and len(query) == len(self.rows)
-        for number, (pool, part, past) in enumerate(self._parts):
+        alone = len(self.parts) == 1 and len(query) == len(self.rows)
+        for number, (pool, part, past) in enumerate(self.parts):
             q, k, v = (query, key, value) if alone else (query[part], key[part], value[part])
             keys, values = pool.room(layer, key, value)
             for held, new in ((keys, k), (values, v)):
@@ -296,6 +302,14 @@ class NextTokens(Feed):
         if filler := len(query) - len(self.rows):
             outs.append(outs[0].new_zeros(filler, *outs[0].shape[1:]))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def past(self, number: int) -> Tensor:
+        """Where a pool's new keys stand in their rows [m]."""
+        name = ("past", number)
+        if name not in self.kept:
+            self.kept[name] = send(self.parts[number][2], self.device)
+        found: Tensor = self.kept[name]
+        return found
 
     def _places(self, number: int, pool: Pool, past: np.ndarray[Any, Any], heads: int) -> Tensor:
         """Where the new keys stand among all positions of the pool: [m * heads]."""

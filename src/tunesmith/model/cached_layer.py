@@ -62,29 +62,36 @@ class Ready:
     keys: int
     scale: float
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The four products in their order."""
+        return self.attention, self.output, self.inner, self.down
+
 
 def forward(x: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
     """The layer's output [N, E] from its input [N, E], both wide; keys and values go into the feed's cache."""
     h, _, _ = rms_norm(x, ready.first_norm, ready.eps)
-    joined = ready.attention(h, feed)
-    turned = ready.heads + ready.keys
+    attended = _attend(ready.attention(h, feed), ready, feed, rotary, window)
+    x = x + ready.output(attended, feed)
+    h, _, _ = rms_norm(x, ready.second_norm, ready.eps)
+    inner = ready.inner(h, feed)
+    half = inner.shape[1] // 2
+    return x.add_(ready.down(gate(inner[:, :half], inner[:, half:]), feed))
+
+
+def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
+    """Attention [N, H D] from the product of query, key and value side by side."""
+    turned, rows = ready.heads + ready.keys, len(joined)
     width = joined.shape[1] // (turned + ready.keys)
-    joined = joined.view(len(x), -1, width)
+    joined = joined.view(rows, -1, width)
     both = joined[:, :turned]
     if ready.head_norms is not None:
         query, _, _ = rms_norm(both[:, : ready.heads].to(wide(ready.dtype)), ready.head_norms[0], ready.eps)
         key, _, _ = rms_norm(both[:, ready.heads :].to(wide(ready.dtype)), ready.head_norms[1], ready.eps)
         both = torch.cat([query, key], 1)
-    both = both.to(ready.dtype)
     both = turn(both, rotary)
-    value = joined[:, turned:].to(ready.dtype)
     form = Form(ready.scale, window)
-    attended = feed.attend(ready.number, both[:, : ready.heads], both[:, ready.heads :], value, form)
-    x = x + ready.output(attended.reshape(len(x), -1), feed)
-    h, _, _ = rms_norm(x, ready.second_norm, ready.eps)
-    inner = ready.inner(h, feed)
-    half = inner.shape[1] // 2
-    return x.add_(ready.down(gate(inner[:, :half], inner[:, half:]), feed))
+    return feed.attend(ready.number, both[:, : ready.heads], both[:, ready.heads :], joined[:, turned:], form).reshape(rows, -1)
 
 
 def turn(rows: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -100,7 +107,7 @@ def rotary_of(cos: Tensor, sin: Tensor, feed: Feed, dtype: torch.dtype) -> tuple
     if name not in feed.kept:
         half = sin.shape[2] // 2
         signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
-        pair = (cos[0, :, None].to(dtype), signed[:, None].to(dtype))
+        pair = (cos[0, :, None].to(dtype).contiguous(), signed[:, None].to(dtype))
         feed.kept[name] = (pair, (cos, sin))  # held, so that no other tensor takes their address while it is a name
     found: tuple[tuple[Tensor, Tensor], Any] = feed.kept[name]
     return found[0]

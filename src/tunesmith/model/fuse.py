@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.errors import BugError
 from tunesmith.model import cached_layer, lora, quant
 from tunesmith.model.attention import window_of
-from tunesmith.model.cached import Feed
+from tunesmith.model.cached import Feed, NextTokens
 from tunesmith.model.cached_layer import Part, Ready
 from tunesmith.model.copies import Copies
 from tunesmith.model.fused_layer import PROJECTIONS, Plan, fused_layer, rotary_tables
@@ -21,7 +22,9 @@ from tunesmith.model.layer_ops import Linear, wide
 from tunesmith.model.layout import Layout
 from tunesmith.model.products import product
 from tunesmith.model.virtual import PREFIX
+from tunesmith.model.whole_step import WholeStep
 
+WHOLE = "all layers at once"
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
@@ -29,7 +32,8 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 class Fused:
     """What a fused layer carries: the dtype of its products, copies of weights in it, whether it is the last, whether it recomputes.
 
-    `path` names the layer in the model. For sampling: whether its products run in int8, and what is made ready at its first call.
+    `path` names the layer in the model. For sampling: whether its products run in int8, and what is made ready at its first call; the
+    first of `layers` may hold what runs them all at once.
     """
 
     dtype: torch.dtype
@@ -39,6 +43,8 @@ class Fused:
     recompute: bool = False
     int8: bool = False
     ready: Ready | None = None
+    layers: list[Any] = field(default_factory=list)
+    whole: WholeStep | None = None
 
 
 def fuse(model: nn.Module, dtype: torch.dtype, copies: Copies) -> int:
@@ -48,7 +54,7 @@ def fuse(model: nn.Module, dtype: torch.dtype, copies: Copies) -> int:
     inside = inside.get_base_model() if hasattr(model, "get_base_model") else model
     paths = {id(module): name for name, module in inside.named_modules()}
     for layer in layers:
-        layer.tunesmith = Fused(dtype, copies, last=layer is layers[-1], path=paths[id(layer)])
+        layer.tunesmith = Fused(dtype, copies, last=layer is layers[-1], path=paths[id(layer)], layers=layers)
         layer.forward = types.MethodType(_forward, layer)
     return len(layers)
 
@@ -68,13 +74,13 @@ def make_ready(model: nn.Module, *, int8: bool) -> None:
     """Let the fused layers sample with products in int8 or not, made ready at their first call."""
     for layer in fused_layers(model):
         if layer.tunesmith.int8 != int8:
-            layer.tunesmith.int8, layer.tunesmith.ready = int8, None
+            layer.tunesmith.int8, layer.tunesmith.ready, layer.tunesmith.whole = int8, None, None
 
 
 def forget_ready(model: nn.Module) -> None:
     """Drop what was made ready for sampling: weights have moved, or their memory is wanted."""
     for layer in fused_layers(model):
-        layer.tunesmith.ready = None
+        layer.tunesmith.ready = layer.tunesmith.whole = None
 
 
 def recompute(model: nn.Module, count: int) -> None:
@@ -133,9 +139,7 @@ def _forward(
 ) -> Tensor:
     """The signature of transformers' decoder layers; sampling and layers with dropout in their adapter go its own way."""
     if isinstance(tunesmith_layout, Feed) and self.tunesmith.ready is not None and position_embeddings is not None:
-        with torch.autocast("cpu", enabled=False):
-            y = _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states[0], position_embeddings, attention_mask)
-            return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
+        return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
     linears = None if tunesmith_layout is None or past_key_values is not None else _linears(self)
     if linears is None or tunesmith_layout is None or position_embeddings is None:
         if tunesmith_layout is not None:
@@ -147,11 +151,10 @@ def _forward(
             use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
         )  # fmt: skip
         return out
+    if isinstance(tunesmith_layout, Feed):
+        self.tunesmith.ready = _ready(self, linears)  # once for all calls until `forget_ready`
+        return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
     with torch.autocast("cpu", enabled=False):
-        if isinstance(tunesmith_layout, Feed):
-            self.tunesmith.ready = _ready(self, linears)  # once for all calls until `forget_ready`
-            y = _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states[0], position_embeddings, attention_mask)
-            return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
         plan, parameters = _plan(self, linears, tunesmith_layout, position_embeddings, attention_mask)
         y = fused_layer(hidden_states[0].to(wide(plan.dtype)), plan, *parameters)
         # What follows the last layer (a norm, perhaps transformers' own head) finds the dtype that it knows.
@@ -162,14 +165,40 @@ def _sample(
     layer: Any,
     ready: Ready,
     feed: Feed,
-    x: Tensor,
+    hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     marker: Tensor | None,
 ) -> Tensor:
-    """The layer over cached rows."""
-    window = window_of(marker, getattr(layer.self_attn, "sliding_window", None), feed)
-    rotary = cached_layer.rotary_of(*position_embeddings, feed, ready.dtype)
-    return cached_layer.forward(x.to(wide(ready.dtype)), ready, feed, rotary, window)
+    """The layer over cached rows, or all layers at once: then the first one does the work and the others hand on what they get."""
+    fused, window = layer.tunesmith, window_of(marker, getattr(layer.self_attn, "sliding_window", None), feed)
+    with torch.autocast("cpu", enabled=False):
+        x = hidden_states[0].to(wide(ready.dtype))
+        if WHOLE in feed.kept:
+            if feed.kept[WHOLE][ready.number] != window:
+                raise BugError(f"layer {ready.number} has the window {window} and went with {feed.kept[WHOLE][ready.number]}")
+        else:
+            rotary = cached_layer.rotary_of(*position_embeddings, feed, ready.dtype)
+            if not (layer is fused.layers[0] and isinstance(feed, NextTokens) and _at_once(layer, x, feed, rotary, window)):
+                x = cached_layer.forward(x, ready, feed, rotary, window)
+        return (x.to(layer.input_layernorm.weight.dtype) if fused.last else x)[None]
+
+
+def _at_once(first: Any, x: Tensor, feed: NextTokens, rotary: tuple[Tensor, Tensor], window: int) -> bool:
+    """All layers over x [N, E] in one function, in place, where there is one for them."""
+    fused = first.tunesmith
+    if any(layer.tunesmith.ready is None for layer in fused.layers):  # the others' first call
+        return False
+    if fused.whole is None:
+        layers = [layer.tunesmith.ready for layer in fused.layers]
+        if not WholeStep.can(layers):
+            return False
+        fused.whole = WholeStep(layers)
+    reach = [getattr(layer.self_attn, "sliding_window", None) or 0 for layer in fused.layers]
+    windows = [window if window < feed.longest else 0 for window in reach]
+    if windows[0] != window or not x.is_contiguous() or not fused.whole.run(x, feed, rotary, windows):
+        return False
+    feed.kept[WHOLE] = windows
+    return True
 
 
 def _ready(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> Ready:
@@ -201,7 +230,8 @@ def _part(layer: Any, names: tuple[str, ...], linears: dict[str, tuple[nn.Linear
     spans = cached_layer.spans_of(paths, [base.out_features for base, _ in chosen])
     biases = [None if base.bias is None else base.bias.detach() for base, _ in chosen]
     if fused.int8 or all(quant.kind_of(base) is None for base, _ in chosen):
-        way = product([quant.weight_of(base, fused.dtype).detach() for base, _ in chosen], biases, fused.dtype, int8=fused.int8)
+        held = [quant.weight_of(base, fused.dtype).detach() for base, _ in chosen]
+        way = product(held, biases, fused.dtype, int8=fused.int8, gated=names == ("gate_proj", "up_proj"))
     else:  # unpacked in every call: slower than a dense copy, which would take the memory that the base was quantised to save
         way = partial(_unpacking, [base for base, _ in chosen], biases, fused.dtype)
     adapted = [(span, factors) for span, (_, factors) in zip(spans.values(), chosen, strict=True) if factors is not None]

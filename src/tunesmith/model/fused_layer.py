@@ -19,6 +19,7 @@ from tunesmith.model.bucket_attention import attend_padded, attend_padded_backwa
 from tunesmith.model.layer_ops import (
     Linear,
     LinearGrads,
+    compiled,
     gate,
     gate_backward,
     linears,
@@ -157,6 +158,8 @@ def _to_padded(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[T
 
 def _turn(rows: Tensor, index: Tensor, swapped: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rows moved by `index` and rotated (Su 2021, arXiv:2104.09864): a * cos + (a with its halves exchanged) * signed sin."""
+    if (fast := compiled(rows.dtype, rows)) is not None:
+        return fast.turn(rows, index, tables)
     width = rows.shape[1]
     half = rows.view(-1, width // 2).index_select(0, swapped).view(-1, width)
     return rows.index_select(0, index).mul_(tables[0]).addcmul_(half, tables[1])

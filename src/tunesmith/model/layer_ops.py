@@ -12,14 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.model import native
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The precision of norms and residuals beside products in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def compiled(dtype: torch.dtype, *tensors: Tensor) -> native.Kernels | None:
+    """Our compiled functions for this dtype if there are any, and if they can read these tensors."""
+    fast = native.kernels(dtype)
+    return fast if fast is not None and all(t.is_cpu and t.is_contiguous() for t in tensors) else None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x / rms(x) * weight over the last axis (Zhang 2019, arXiv:1910.07467); also x / rms(x) in the weight's dtype, 1 / rms(x) [.., 1]."""
+    if (fast := compiled(weight.dtype, x)) is not None and x.dtype == torch.float32:
+        return fast.norm(x, weight, eps)
     inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     unit = (x * inverse).to(weight.dtype)
     return unit * weight, unit, inverse
@@ -27,6 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Ten
 
 def rms_norm_backward(dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor, need_weight: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients with respect to x (wide) and weight (wide, or None): dx = (dy w - unit mean(dy w unit)) / rms."""
+    if (fast := compiled(weight.dtype, dy, unit)) is not None and dy.dtype == weight.dtype:
+        return fast.norm_backward(dy, unit, inverse, weight, need_weight)
     dx, unit = dy.to(inverse.dtype, copy=True), unit.to(inverse.dtype)
     dw = (dx * unit).sum(tuple(range(dx.dim() - 1))) if need_weight else None
     dx.mul_(weight)
@@ -35,12 +47,16 @@ def rms_norm_backward(dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor,
 
 
 def gate(inner: Tensor, up: Tensor) -> Tensor:
-    """silu(inner) * up (Shazeer 2020, arXiv:2002.05202)."""
+    """silu(inner) * up (Shazeer 2020, arXiv:2002.05202); [N, I], both of one layout."""
+    if (fast := native.kernels(inner.dtype)) is not None and inner.is_cpu and inner.stride() == up.stride() and inner.stride(1) == 1:
+        return fast.gate(inner, up)
     return torch.nn.functional.silu(inner).mul_(up)
 
 
 def gate_backward(d: Tensor, inner: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gate's output once more, and the gradients with respect to `inner` and `up`; `d` is used up."""
+    if (fast := compiled(inner.dtype, d, inner, up)) is not None:
+        return fast.gate_backward(d, inner, up)
     active = torch.nn.functional.silu(inner)
     out = active * up
     d_up = active.mul_(d)

@@ -298,6 +298,7 @@ class Mix:
 
     def __init__(self, adapters: ManyAdapters, places: np.ndarray[Any, Any], device: torch.device) -> None:
         self._adapters = adapters
+        self.places = send(places.astype(np.int64), device)
         self.present = sorted({int(place) for place in places} - {-1})
         members = [np.flatnonzero(places == place) for place in self.present]
         ends = np.cumsum([len(each) for each in members]).tolist()
@@ -309,6 +310,10 @@ class Mix:
         self._gather, self._back = send(np.concatenate(members), device), send(back, device)
         own = places[:, None] == np.arange(adapters.places)[None]
         self._own = send(own, device)[:, :, None].to(adapters.policy.dtype)
+
+    def stack(self, paths: tuple[str, ...]) -> Stack | None:
+        """The adapters' factors for layers on one input."""
+        return self._adapters.stack(paths)
 
     def add(self, spans: Mapping[str, slice], x: Tensor, y: Tensor) -> None:
         """Add to y [N, outputs of all layers] what the tokens' adapters make of x [N, in], in place; `spans`: where each layer's stand."""

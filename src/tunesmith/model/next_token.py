@@ -14,7 +14,7 @@ from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
 from tunesmith.model.memory import free_bytes
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import FAILURES, probe_batch
-from tunesmith.model.products import Way, product
+from tunesmith.model.products import Blocked, Way, product
 
 CACHE_SHARE = 0.5  # of the memory that is free when an engine is made, for keys and values
 
@@ -73,7 +73,8 @@ class NextToken:
                 return plain.index_select(0, rows).float()
             states = policy.decoder()(**arguments).last_hidden_state[0].index_select(0, rows)
         with torch.autocast(policy.device.type, enabled=False):
-            logits = self._head_of(states.dtype)(states).float()
+            head = self._head_of(states.dtype)
+            logits = head(states, wide=True) if isinstance(head, Blocked) else head(states).float()
         if policy.head_form.scale != 1.0:
             logits.mul_(policy.head_form.scale)
         if policy.head_form.cap is not None:

@@ -5,26 +5,45 @@ N rows, I inputs, O outputs of all joined layers together.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunesmith.model import huge_pages, native
+
 Way = Callable[[Tensor], Tensor]
+_LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+_QLINEAR: Any = getattr(getattr(torch.ops.onednn, "qlinear_pointwise", None), "default", None)
+BLOCK = 64  # outputs of a block, as in cpp/step.cpp
 FEW = 64  # rows that the layout of a packed weight is chosen for
 
 
 def product(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype, *, int8: bool = False, packed: bool = True
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    *,
+    int8: bool = False,
+    packed: bool = True,
+    gated: bool = False,
 ) -> Way:
     """A function [N, I] -> [N, O] for layers on the same input: x W^T + bias with W [O, I] in `dtype`.
 
-    In bf16 on a CPU the weights are copied into the blocked layout of oneDNN, which saves reordering them in every call; elsewhere, and
-    with `packed` off, they are used where they are. `int8`: weights rounded to 8 bits by output, inputs by row (see `Int8`).
+    On a CPU the weights are copied into blocks (`Blocked`), or in bf16 into the layout of oneDNN; elsewhere, and with `packed` off, they
+    are used where they are. `int8`: weights rounded to 8 bits by output, inputs by row (see `Int8`). `gated`: two layers whose outputs
+    are needed side by side.
     """
     joined = _joined(biases, weights)
+    outputs, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+    if packed and weights[0].is_cpu and Blocked.can(outputs, inputs, dtype, int8):
+        return Blocked(
+            weights, joined, dtype, int8=int8, gated=gated and len({len(weight) for weight in weights}) == 1 and outputs % BLOCK == 0
+        )
     if int8:
-        return Int8(weights, joined)
+        return Int8(weights, joined, dtype)
     narrow = [weight.to(dtype) for weight in weights]
     if packed and dtype == torch.bfloat16 and narrow[0].device.type == "cpu" and _has_onednn():
         return Packed(torch.cat(narrow) if len(narrow) > 1 else narrow[0], None if joined is None else joined.to(dtype))
@@ -32,7 +51,7 @@ def product(
 
 
 def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(torch.backends.mkldnn.enabled) and _LINEAR is not None
 
 
 def _joined(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
@@ -54,6 +73,82 @@ class Plain:
         return y if self.bias is None else y.add_(self.bias)
 
 
+class BlockedProduct(ctypes.Structure):
+    """What cpp/step.cpp calls a Product."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("gated", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class Blocked:
+    """Weights in blocks of 64 outputs, as our compiled functions read them; with `int8` both sides are rounded as in `Int8`.
+
+    `wide`: the result, rounded as it is, in fp32. `gated`: each block holds 32 outputs of the first layer and the same 32 of the second.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype, *, int8: bool = False, gated: bool = False
+    ) -> None:
+        self.dtype, self.int8, self.gated = dtype, int8, gated
+        self.outputs, self.inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+        multiply = native.multiplier(torch.int8 if int8 else dtype)
+        assert multiply is not None
+        self.multiply = multiply
+        blocks = -(-self.outputs // BLOCK)
+        padded = blocks * BLOCK
+        self._scale = self._shift = None
+        parts = [weight.detach() for weight in weights]
+        if int8:
+            small = [rounded(part) for part in parts]
+            parts = [part for part, _ in small]
+            self._scale = _padded(torch.cat([scale for _, scale in small]), padded)
+            self._shift = _padded(torch.cat([128 * part.sum(1, dtype=torch.int32) for part in parts]), padded)
+        self._bias = None if bias is None else _padded(bias.detach().to(dtype).float(), padded)
+        kind = torch.int8 if int8 else dtype
+        together = 4 // kind.itemsize  # inputs that stand side by side
+        self._weight = huge_pages.WEIGHTS.empty((blocks, self.inputs // together, BLOCK, together), kind)
+        if gated:
+            halves = [part.view(blocks, BLOCK // 2, self.inputs) for part in parts]
+            rows = torch.cat(halves, 1)
+        else:
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            rows = torch.cat([whole, whole.new_zeros(padded - self.outputs, self.inputs)]) if padded > self.outputs else whole
+        self._weight.copy_(rows.reshape(blocks, BLOCK, self.inputs // together, together).transpose(1, 2))
+        at = native.at
+        self.structure = BlockedProduct(
+            at(self._weight), at(self._scale), at(self._shift), at(self._bias), self.outputs, self.inputs, int(gated)
+        )
+
+    @staticmethod
+    def can(outputs: int, inputs: int, dtype: torch.dtype, int8: bool) -> bool:
+        """Whether our functions multiply such weights on this machine."""
+        step = 64 if int8 else 64 // dtype.itemsize
+        return (
+            inputs % step == 0 and outputs > 0 and native.kernels(dtype) is not None
+            and native.multiplier(torch.int8 if int8 else dtype) is not None
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, *, wide: bool = False) -> Tensor:
+        kernels = native.kernels(self.dtype)
+        assert kernels is not None
+        out = torch.empty(len(x), self.outputs, dtype=torch.float32 if wide else self.dtype)
+        kernels.product(self.structure, x.to(self.dtype).contiguous(), out, self.multiply)
+        return out
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [O, I] in 8 bits, and the steps [O] that its values count: the largest magnitude of an output over 127."""
+    weight = weight.float()
+    scale = (weight.abs().amax(1) / 127).clamp_min_(1e-12)
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(length - len(values))])
+
+
 class Packed:
     """A bf16 weight in the layout of oneDNN's blocked product."""
 
@@ -62,24 +157,23 @@ class Packed:
         self.bias, self.outputs = bias, len(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, self.bias, "none", [], "")
+        out: Tensor = _LINEAR(x.to(torch.bfloat16), self.weight, self.bias, "none", [], "")
         return out
 
 
 class Int8:
-    """x W^T with both rounded to 8 bits: y = s_x s_w (q_x q_w^T), s the largest magnitude of a row of x or of W over 127; result in fp32.
+    """x W^T with both rounded to 8 bits: y = s_x s_w (q_x q_w^T), s the largest magnitude of a row of x or of W over 127; y in `dtype`.
 
     Symmetric, per row of x (token) and per row of W (output), as LLM.int8() does without its outliers (Dettmers 2022, arXiv:2208.07339).
     """
 
-    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        whole = torch.cat([weight.detach().float() for weight in weights])
-        self.scale = (whole.abs().amax(1) / 127).clamp_min_(1e-12)
-        rounded = (whole / self.scale[:, None]).round_().to(torch.int8)
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        small, self.scale = rounded(torch.cat([weight.detach() for weight in weights]))
         self.bias = None if bias is None else bias.float()
-        self.packed = rounded.device.type == "cpu" and hasattr(torch.ops.onednn, "qlinear_prepack")
-        self._zeros = torch.zeros(len(whole), dtype=torch.int64)
-        self.weight = torch.ops.onednn.qlinear_prepack(rounded, None) if self.packed else rounded.t()
+        self.packed = small.device.type == "cpu" and hasattr(torch.ops.onednn, "qlinear_prepack")
+        self._zeros = torch.zeros(len(small), dtype=torch.int64)
+        self.weight = torch.ops.onednn.qlinear_prepack(small, None) if self.packed else small.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
@@ -87,10 +181,8 @@ class Int8:
         small = (x / size).round_().to(torch.int8)
         y: Tensor
         if self.packed:
-            y = torch.ops.onednn.qlinear_pointwise(
-                small, 1.0, 0, self.weight, self.scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-            )
+            y = _QLINEAR(small, 1.0, 0, self.weight, self.scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], "")
         else:
             y = torch._int_mm(small, self.weight).float().mul_(self.scale)
         y.mul_(size)
-        return y if self.bias is None else y.add_(self.bias)
+        return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)

@@ -1,0 +1,123 @@
+// Attention of single new tokens over the keys and values of their rows, which cached.py keeps.
+#pragma once
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t MOST_GROUPED = 64;  // query heads on one key head
+
+// Sixteen sums of sixteen numbers each, in order.
+inline Vec sums_of(Vec (&v)[L]) {
+    for (int i = 0; i < L; i += 2)
+        v[i / 2] = __builtin_shufflevector(v[i], v[i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   __builtin_shufflevector(v[i], v[i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < L / 2; i += 2)
+        v[i / 2] = __builtin_shufflevector(v[i], v[i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                   __builtin_shufflevector(v[i], v[i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < L / 4; i += 2)
+        v[i / 2] = __builtin_shufflevector(v[i], v[i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+                   __builtin_shufflevector(v[i], v[i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return __builtin_shufflevector(v[0], v[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// The weighted sum of values for N queries.
+template <class T, int W, int N>
+void gather(const float* weights, int64_t stride, const T* values, int64_t seen, const float* times, T* out) {
+    constexpr int parts = W / L;
+    Vec total[N][parts] = {};
+    for (int64_t t = 0; t < seen; t++)
+        for (int i = 0; i < parts; i++) {
+            Vec value = load(values + t * W + i * L);
+            for (int g = 0; g < N; g++) total[g][i] += value * weights[g * stride + t];
+        }
+    for (int g = 0; g < N; g++)
+        for (int i = 0; i < parts; i++) store(out + g * W + i * L, total[g][i] * times[g]);
+}
+
+// One row's new token and one key head: its queries [group, W] over `seen` keys. `scores` has room for MOST_GROUPED * (seen + 16) numbers.
+template <class T, int W>
+void look(const Vec* query, int64_t group, const T* keys, const T* values, int64_t seen, float scale, float* scores, T* out) {
+    constexpr int parts = W / L;
+    const int64_t stride = (seen + L - 1) / L * L;
+    Vec block[L][parts];
+    for (int64_t t = 0; t < seen; t += L) {
+        int64_t count = std::min<int64_t>(L, seen - t);
+        for (int64_t k = 0; k < L; k++)
+            for (int i = 0; i < parts; i++) block[k][i] = k < count ? load(keys + (t + k) * W + i * L) : Vec{};
+        for (int64_t g = 0; g < group; g++) {
+            Vec sums[L];
+            for (int k = 0; k < L; k++) {
+                sums[k] = query[g * parts] * block[k][0];
+                for (int i = 1; i < parts; i++) sums[k] += query[g * parts + i] * block[k][i];
+            }
+            store(scores + g * stride + t, sums_of(sums) * scale);
+        }
+    }
+    float times[MOST_GROUPED];
+    for (int64_t g = 0; g < group; g++) {
+        float* weight = scores + g * stride;
+        for (int64_t t = seen; t < stride; t++) weight[t] = -std::numeric_limits<float>::infinity();
+        Vec most = load(weight), sum{};
+        for (int64_t t = L; t < stride; t += L) {
+            Vec next = load(weight + t);
+            most = next > most ? next : most;
+        }
+        float top = most_of(most);
+        for (int64_t t = 0; t < stride; t += L) {
+            Vec share = exponential(load(weight + t) - top);
+            store(weight + t, share);
+            sum += share;
+        }
+        times[g] = 1.0f / sum_of(sum);
+    }
+    int64_t g = 0;  // the totals of some queries at a time stay in registers
+    for (; g + 4 <= group; g += 4) gather<T, W, 4>(scores + g * stride, stride, values, seen, times + g, out + g * W);
+    if (group - g == 3) gather<T, W, 3>(scores + g * stride, stride, values, seen, times + g, out + g * W);
+    if (group - g == 2) gather<T, W, 2>(scores + g * stride, stride, values, seen, times + g, out + g * W);
+    if (group - g == 1) gather<T, W, 1>(scores + g * stride, stride, values, seen, times + g, out + g * W);
+}
+
+// One head as the product gives it, normed where there is a weight, and turned.
+template <class T, int W>
+void head(const T* from, const T* weight, float eps, const T* cos, const T* sin, T* to) {
+    T held[W];
+    if (weight) {
+        Vec sum{};
+        for (int i = 0; i < W; i += L) sum += load(from + i) * load(from + i);
+        float scale = 1.0f / std::sqrt(sum_of(sum) / float(W) + eps);
+        for (int i = 0; i < W; i += L) store(held + i, rounded<T>(load(from + i) * scale) * load(weight + i));
+        from = held;
+    }
+    turn_head(from, cos, sin, to, W);
+}
+
+// Rows whose slots are equally wide, [slots, key heads, slot, W], in the order in which they lie.
+struct Pool {
+    int64_t rows, slot;
+    const int64_t* past;  // where each row's new key stands
+};
+
+// All heads of a pool's rows, shared among the threads that are here; nobody waits for the others. `group` queries look at one key head.
+template <class T, int W>
+void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, T* keys,
+            T* values, T* out, int64_t key_heads, int64_t group, int64_t window, float scale, float* scores) {
+    Vec query[MOST_GROUPED * W / L];
+#pragma omp for schedule(dynamic, 1) collapse(2) nowait
+    for (int64_t row = 0; row < pool.rows; row++)
+        for (int64_t k = 0; k < key_heads; k++) {
+            const T *from = joined + row * (group + 2) * key_heads * W, *c = cos + row * W, *s = sin + row * W;
+            const int64_t at = pool.past[row], low = window ? std::max<int64_t>(0, at + 1 - window) : 0;
+            T *own_keys = keys + (row * key_heads + k) * pool.slot * W, *own_values = values + (row * key_heads + k) * pool.slot * W;
+            T turned[W];
+            for (int64_t g = 0; g < group; g++) {
+                head<T, W>(from + (k * group + g) * W, query_norm, eps, c, s, turned);
+                for (int i = 0; i < W / L; i++) query[g * W / L + i] = load(turned + i * L);
+            }
+            head<T, W>(from + (group * key_heads + k) * W, key_norm, eps, c, s, own_keys + at * W);
+            std::memcpy(own_values + at * W, from + ((group + 1) * key_heads + k) * W, W * sizeof(T));
+            look<T, W>(query, group, own_keys + low * W, own_values + low * W, at + 1 - low, scale, scores, out + (row * key_heads + k) * group * W);
+        }
+}
+
+}  // namespace

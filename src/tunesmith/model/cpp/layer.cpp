@@ -1,0 +1,105 @@
+// Elementwise passes of a decoder layer that PyTorch would make one at a time. Compiled for this machine by native.py, which also says what
+// every argument is. The arithmetic is that of layer_ops.py, rounded to T (bf16 or fp32) exactly where a tensor of PyTorch's would be.
+#include "vectors.h"
+
+namespace {
+
+template <class T>
+void norm(const float* x, const T* weight, float eps, T* out, T* unit, float* inverse, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for num_threads(crew(threads, rows* width)) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const float* at = x + row * width;
+        const float scale = inverse[row] = inverse_rms(at, eps, width);
+        each(width, [&](int64_t i, auto read, auto write) {
+            Vec one = rounded<T>(read(at + i) * scale);
+            write(unit + row * width + i, one);
+            write(out + row * width + i, one * read(weight + i));
+        });
+    }
+}
+
+template <class T>
+void norm_backward(const T* dy, const T* unit, const float* inverse, const T* weight, float* dx, float* d_weight,
+                   int64_t rows, int64_t width, int threads) {
+    int team = crew(threads, rows * width);
+    std::unique_ptr<float[]> parts(d_weight ? new float[team * width]() : nullptr);
+#pragma omp parallel num_threads(team)
+    {
+        float* mine = d_weight ? parts.get() + omp_get_thread_num() * width : nullptr;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            const T *d = dy + row * width, *u = unit + row * width;
+            Vec sum{};
+            each(width, [&](int64_t i, auto read, auto write) {
+                Vec product = read(d + i) * read(u + i);
+                sum += product * read(weight + i);
+                if (mine) write(mine + i, read(mine + i) + product);
+            });
+            float share = sum_of(sum) / float(width);
+            each(width, [&](int64_t i, auto read, auto write) {
+                write(dx + row * width + i, (read(d + i) * read(weight + i) - read(u + i) * share) * inverse[row]);
+            });
+        }
+    }
+    if (d_weight) {
+        std::fill(d_weight, d_weight + width, 0.0f);
+        for (int part = 0; part < team; part++)  // in a fixed order: the same sum for the same number of threads
+            for (int64_t i = 0; i < width; i++) d_weight[i] += parts[part * width + i];
+    }
+}
+
+template <class T>
+void gate(const T* inner, const T* up, T* out, int64_t rows, int64_t width, int64_t stride, int threads) {
+#pragma omp parallel for num_threads(crew(threads, 4 * rows * width)) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        each(width, [&](int64_t i, auto read, auto write) {
+            Vec x = read(inner + row * stride + i);
+            write(out + row * width + i, rounded<T>(x / (1.0f + exponential(-x))) * read(up + row * stride + i));
+        });
+}
+
+template <class T>
+void gate_backward(T* d, const T* inner, const T* up, T* out, T* d_up, int64_t count, int threads) {
+    const int64_t block = 4096;
+#pragma omp parallel for num_threads(crew(threads, 4 * count)) schedule(static)
+    for (int64_t start = 0; start < count; start += block)
+        each(std::min(count - start, block), [&](int64_t i, auto read, auto write) {
+            i += start;
+            Vec x = read(inner + i), s = 1.0f / (1.0f + exponential(-x)), of = read(d + i), other = read(up + i);
+            Vec active = rounded<T>(x * s);
+            write(out + i, active * other);
+            write(d_up + i, active * of);
+            write(d + i, rounded<T>(of * other) * (s * (1.0f + x * (1.0f - s))));
+        });
+}
+
+template <class T>
+void turn(const T* from, const int64_t* index, const T* cos, const T* sin, T* to, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for num_threads(crew(threads, rows* width)) schedule(static)
+    for (int64_t row = 0; row < rows; row++) turn_head(from + index[row] * width, cos + row * width, sin + row * width, to + row * width, width);
+}
+
+}  // namespace
+
+#define EACH(T, NAME)                                                                                                                 \
+    extern "C" void norm_##NAME(const float* x, const T* weight, float eps, T* out, T* unit, float* inverse, int64_t rows,            \
+                                int64_t width, int threads) {                                                                         \
+        norm<T>(x, weight, eps, out, unit, inverse, rows, width, threads);                                                            \
+    }                                                                                                                                 \
+    extern "C" void norm_backward_##NAME(const T* dy, const T* unit, const float* inverse, const T* weight, float* dx,                \
+                                         float* d_weight, int64_t rows, int64_t width, int threads) {                                 \
+        norm_backward<T>(dy, unit, inverse, weight, dx, d_weight, rows, width, threads);                                              \
+    }                                                                                                                                 \
+    extern "C" void gate_##NAME(const T* inner, const T* up, T* out, int64_t rows, int64_t width, int64_t stride, int threads) {      \
+        gate<T>(inner, up, out, rows, width, stride, threads);                                                                        \
+    }                                                                                                                                 \
+    extern "C" void gate_backward_##NAME(T* d, const T* inner, const T* up, T* out, T* d_up, int64_t count, int threads) {            \
+        gate_backward<T>(d, inner, up, out, d_up, count, threads);                                                                    \
+    }                                                                                                                                 \
+    extern "C" void turn_##NAME(const T* from, const int64_t* index, const T* cos, const T* sin, T* to, int64_t rows, int64_t width,  \
+                                int threads) {                                                                                        \
+        turn<T>(from, index, cos, sin, to, rows, width, threads);                                                                     \
+    }
+
+EACH(float, float32)
+EACH(bf16, bfloat16)

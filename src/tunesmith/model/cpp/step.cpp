@@ -1,0 +1,310 @@
+// Products with weights in blocks, and all decoder layers of a sampling step in one go; the arithmetic of cached_layer.py.
+//
+// The products themselves are oneDNN's, through PyTorch's `brgemm`, whose address native.py hands over: it multiplies a few rows by one block
+// of weights. Everything around them happens to a block's outputs while they are in the cache. native.py says what every field is.
+#include <initializer_list>
+#include <vector>
+
+#include "attention.h"
+
+namespace {
+
+constexpr int64_t B = 64;     // outputs of a block
+constexpr int64_t ROWS = 64;  // rows that are multiplied at once
+
+typedef void (*Multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a, const void* b,
+                         void* c, bool paired);
+typedef void (*Release)(bool paired);
+
+struct Product {
+    const void* weight;    // [blocks, inputs, B], in bf16 two inputs and in 8 bits four side by side
+    const float* scale;    // [outputs] of weights in 8 bits, otherwise null
+    const int32_t* shift;  // [outputs] 128 times the sum of an output's weights in 8 bits: inputs are stored with 128 added
+    const float* bias;     // [outputs] or null
+    int64_t outputs, inputs;
+    int64_t gated;  // whether half a block are outputs of the first half, and half those of the second
+};
+
+struct Span {
+    const void* b;  // [places, rank, columns]
+    int64_t first, rank, column, columns;
+};
+
+struct Lora {  // the rows' adapters on one input
+    const void* a;  // [places, ranks, inputs], null where there is none
+    int64_t ranks, spans;
+    Span span[3];
+};
+
+struct Layer {
+    Product product[4];  // query, key and value; output; gate and up; down
+    Lora lora[4];
+    const void *first_norm, *second_norm, *query_norm, *key_norm, *cos, *sin;
+    int64_t window;
+    float eps, scale;
+};
+
+struct Step {
+    Multiply multiply;
+    Release release;
+    const Layer* layers;
+    const Pool* pools;
+    void **keys, **values;  // [layers, pools]
+    const int64_t* places;  // [rows] of each row's adapter, -1 where it has none
+    float* x;               // [rows, hidden], changed in place
+    int64_t depth, pool_count, rows, hidden, key_heads, group, width, longest, threads;
+};
+
+// What a product reads: rows in its own type, and of rows in 8 bits their steps.
+struct Input {
+    const void* data;
+    const float* scale;
+};
+
+// The adapters' part of an output column: small [ranks] of this row times B.
+template <class T>
+inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t column) {
+    Vec out{};
+    for (int64_t i = 0; i < lora.spans; i++) {
+        const Span& span = lora.span[i];
+        if (column < span.column || column >= span.column + span.columns) continue;
+        const T* b = static_cast<const T*>(span.b) + place * span.rank * span.columns + column - span.column;
+        for (int64_t r = 0; r < span.rank; r++) out += load(b + r * span.columns) * small[span.first + r];
+    }
+    return out;
+}
+
+// Blocks of a product shared among the threads that are here: out(row, column, values, how many of them count).
+template <class T, class Out>
+void multiply(const Product& product, Input input, int64_t rows, Multiply call, const Lora* lora, const int64_t* places, const float* small,
+              Out out) {
+    alignas(64) float room[ROWS * B];
+    const int64_t k = product.inputs, half = product.outputs / 2, each_input = product.scale ? 1 : sizeof(T);
+    const int64_t blocks = (product.outputs + B - 1) / B, parts = (rows + ROWS - 1) / ROWS;
+#pragma omp for schedule(static) collapse(2) nowait
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
+            call(count, B, k, k, B, B, false, static_cast<const char*>(input.data) + first * k * each_input,
+                 static_cast<const char*>(product.weight) + block * B * k * each_input, room, product.scale || sizeof(T) == 2);
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t i = 0; i < B; i += L) {
+                    int64_t column = block * B + i, left = product.outputs - column;
+                    if (product.gated) column = block * B / 2 + (i < B / 2 ? i : half + i - B / 2), left = L;
+                    if (left <= 0) break;
+                    Vec value = load(room + r * B + i);
+                    if (product.scale) {
+                        Ints whole;
+                        std::memcpy(&whole, room + r * B + i, sizeof(whole));
+                        Ints shift;
+                        std::memcpy(&shift, product.shift + column, sizeof(shift));
+                        value = __builtin_convertvector(whole - shift, Vec) * load(product.scale + column) * input.scale[first + r];
+                    }
+                    if (product.bias) value += load(product.bias + column);
+                    if (lora && lora->a && places[first + r] >= 0)
+                        value += adapted<T>(*lora, places[first + r], small + (first + r) * lora->ranks, column);
+                    out(first + r, column, value, left);
+                }
+        }
+}
+
+template <class T>
+inline void store_some(T* to, Vec value, int64_t count) {
+    if (count >= L)
+        store(to, value);
+    else
+        store(to, value, count);
+}
+
+// x A^T of one row, rounded as a tensor would be.
+template <class T>
+void shrink(const T* x, const T* a, float* small, int64_t ranks, int64_t inputs) {
+    for (int64_t r = 0; r < ranks; r += L) {
+        const int64_t count = std::min<int64_t>(L, ranks - r);
+        Vec sums[L] = {};
+        for (int64_t i = 0; i < inputs; i += L) {
+            Vec value = load(x + i);
+            for (int64_t j = 0; j < count; j++) sums[j] += value * load(a + (r + j) * inputs + i);
+        }
+        store_some(small + r, rounded<T>(sums_of(sums)), count);
+    }
+}
+
+// What stands ready before a product: the row in 8 bits, and what its adapter makes of it first.
+template <class T>
+void prepare(const T* row, int64_t number, const Product& product, const Lora& lora, const int64_t* places, uint8_t* bytes, float* scale,
+             float* small) {
+    if (product.scale) scale[number] = quantise_row(row, bytes + number * product.inputs, product.inputs, 128);
+    if (lora.a && places[number] >= 0)
+        shrink(row, static_cast<const T*>(lora.a) + places[number] * lora.ranks * product.inputs, small + number * lora.ranks, lora.ranks,
+               product.inputs);
+}
+
+template <class T, int W>
+void attend_pools(const Step& s, const Layer& layer, int64_t number, const T* joined, T* out, float* scores) {
+    int64_t first = 0;
+    for (int64_t i = 0; i < s.pool_count; i++) {
+        const Pool& pool = s.pools[i];
+        auto of = [](const void* pointer) { return static_cast<const T*>(pointer); };
+        attend<T, W>(pool, joined + first * (s.group + 2) * s.key_heads * W, of(layer.cos) + first * W, of(layer.sin) + first * W,
+                     of(layer.query_norm), of(layer.key_norm), layer.eps, static_cast<T*>(s.keys[number * s.pool_count + i]),
+                     static_cast<T*>(s.values[number * s.pool_count + i]), out + first * s.group * s.key_heads * W, s.key_heads, s.group,
+                     layer.window, layer.scale, scores);
+        first += pool.rows;
+    }
+}
+
+template <class T>
+auto attention_for(int64_t width) {
+    switch (width) {
+        case 16: return attend_pools<T, 16>;
+        case 32: return attend_pools<T, 32>;
+        case 64: return attend_pools<T, 64>;
+        case 96: return attend_pools<T, 96>;
+        case 128: return attend_pools<T, 128>;
+        default: return attend_pools<T, 256>;
+    }
+}
+
+// Memory for what lives during one call, kept from call to call: fresh pages cost more than the work in them.
+class Room {
+   public:
+    explicit Room(std::initializer_list<int64_t> bytes) {
+        static thread_local std::unique_ptr<char[]> held;
+        static thread_local size_t size = 0;
+        size_t total = 64;
+        for (int64_t one : bytes) total += starts_.emplace_back(padded(one));
+        if (size < total) held.reset(new char[size = total]);
+        at_ = held.get() + (64 - reinterpret_cast<uintptr_t>(held.get()) % 64) % 64;
+    }
+
+    template <class T>
+    T* take() {  // the next of those asked for
+        char* here = at_;
+        at_ += starts_[next_++];
+        return reinterpret_cast<T*>(here);
+    }
+
+   private:
+    static size_t padded(int64_t bytes) { return size_t(bytes + 127) / 64 * 64; }
+    std::vector<size_t> starts_;
+    size_t next_ = 0;
+    char* at_;
+};
+
+template <class T>
+void step(const Step& s) {
+    const Layer& top = s.layers[0];
+    const int64_t heads = s.group * s.key_heads * s.width, joined_width = top.product[0].outputs, inner = top.product[3].inputs;
+    int64_t ranks = 0;
+    for (int64_t i = 0; i < s.depth; i++)
+        for (const Lora& lora : s.layers[i].lora) ranks = std::max(ranks, lora.a ? lora.ranks : 0);
+    const int64_t widest = std::max({s.hidden, heads, inner}), room_for_scores = MOST_GROUPED * (s.longest + L);
+    Room room({s.rows * widest * int64_t(sizeof(T)), s.rows * joined_width * int64_t(sizeof(T)), s.rows * inner * int64_t(sizeof(T)),
+               s.rows * widest, s.rows * 4, s.rows * ranks * 4, s.threads * room_for_scores * 4});
+    T *values = room.take<T>(), *joined = room.take<T>(), *gated = room.take<T>();
+    uint8_t* bytes = room.take<uint8_t>();
+    float *scale = room.take<float>(), *small = room.take<float>(), *scores = room.take<float>();
+    auto attention = attention_for<T>(s.width);
+
+#pragma omp parallel num_threads(int(s.threads))
+    {
+        float* own_scores = scores + omp_get_thread_num() * room_for_scores;
+        auto norm_rows = [&](const void* weight, float eps, const Product& product, const Lora& lora) {
+            const T* times = static_cast<const T*>(weight);
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < s.rows; row++) {
+                float* x = s.x + row * s.hidden;
+                T* to = values + row * s.hidden;
+                const float inverse = inverse_rms(x, eps, s.hidden);
+                each(s.hidden, [&](int64_t i, auto read, auto write) { write(to + i, rounded<T>(read(x + i) * inverse) * read(times + i)); });
+                prepare(to, row, product, lora, s.places, bytes, scale, small);
+            }
+        };
+        auto prepare_rows = [&](const T* rows, const Product& product, const Lora& lora) {
+            if (!product.scale && !lora.a) return;
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < s.rows; row++) prepare(rows + row * product.inputs, row, product, lora, s.places, bytes, scale, small);
+        };
+        auto run = [&](const Layer& layer, int which, const T* rows, auto out) {
+            const Product& product = layer.product[which];
+            const Input input = product.scale ? Input{bytes, scale} : Input{rows, nullptr};
+            multiply<T>(product, input, s.rows, s.multiply, &layer.lora[which], s.places, small, out);
+#pragma omp barrier
+        };
+        auto add = [&](int64_t row, int64_t column, Vec value, int64_t) {
+            float* x = s.x + row * s.hidden + column;
+            store(x, load(x) + rounded<T>(value));
+        };
+        for (int64_t i = 0; i < s.depth; i++) {
+            const Layer& layer = s.layers[i];
+            norm_rows(layer.first_norm, layer.eps, layer.product[0], layer.lora[0]);
+            run(layer, 0, values, [&](int64_t row, int64_t column, Vec value, int64_t) { store(joined + row * joined_width + column, value); });
+            attention(s, layer, i, joined, values, own_scores);
+#pragma omp barrier
+            prepare_rows(values, layer.product[1], layer.lora[1]);
+            run(layer, 1, values, add);
+            norm_rows(layer.second_norm, layer.eps, layer.product[2], layer.lora[2]);
+            Vec active[B / 2 / L];  // of half a block, until the other half comes
+            run(layer, 2, values, [&](int64_t row, int64_t column, Vec value, int64_t) {
+                value = rounded<T>(value);
+                Vec& kept = active[column % (B / 2) / L];
+                if (column < inner)
+                    kept = rounded<T>(value / (1.0f + exponential(-value)));
+                else
+                    store(gated + row * inner + column - inner, kept * value);
+            });
+            prepare_rows(gated, layer.product[3], layer.lora[3]);
+            run(layer, 3, gated, add);
+        }
+        s.release(true);
+    }
+}
+
+// x W^T + bias [rows, outputs], in T or, with the values of T, in fp32.
+template <class T>
+void product(const Product& product, const T* x, void* out, int64_t wide, int64_t rows, Multiply call, Release release, int threads) {
+    Room room({product.scale ? rows * product.inputs : 0, product.scale ? rows * 4 : 0});
+    uint8_t* bytes = room.take<uint8_t>();
+    float* scale = room.take<float>();
+#pragma omp parallel num_threads(threads)
+    {
+        if (product.scale) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++)
+                scale[row] = quantise_row(x + row * product.inputs, bytes + row * product.inputs, product.inputs, 128);
+        }
+        multiply<T>(product, product.scale ? Input{bytes, scale} : Input{x, nullptr}, rows, call, nullptr, nullptr, nullptr,
+                    [&](int64_t row, int64_t column, Vec value, int64_t left) {
+                        if (wide)
+                            store_some(static_cast<float*>(out) + row * product.outputs + column, rounded<T>(value), left);
+                        else
+                            store_some(static_cast<T*>(out) + row * product.outputs + column, value, left);
+                    });
+        release(true);
+    }
+}
+
+}  // namespace
+
+#define EACH(T, NAME)                                                                                                                 \
+    extern "C" void step_##NAME(const Step* s) { step<T>(*s); }                                                                       \
+    extern "C" void product_##NAME(const Product* p, const T* x, void* out, int64_t wide, int64_t rows, Multiply call,                \
+                                   Release release, int threads) {                                                                    \
+        product<T>(*p, x, out, wide, rows, call, release, threads);                                                                   \
+    }
+
+EACH(float, float32)
+EACH(bf16, bfloat16)
+
+// Whether this processor can multiply in this way at all: 0 where PyTorch refuses.
+extern "C" int can_multiply(Multiply call, Release release, int64_t paired) {
+    alignas(64) char a[64 * 64 * 4] = {}, b[64 * 64 * 4] = {}, c[64 * 64 * 4];
+    try {
+        call(8, B, 64, 64, B, B, false, a, b, c, paired);
+        release(paired);
+        return 1;
+    } catch (...) {
+        return 0;
+    }
+}

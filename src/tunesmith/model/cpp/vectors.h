@@ -1,0 +1,176 @@
+// Vectors of sixteen numbers as GCC and Clang know them, whatever the processor makes of them: fp32 inside, bf16 or fp32 in memory.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+namespace {
+
+constexpr int L = 16;  // lanes
+typedef float Vec __attribute__((vector_size(4 * L)));
+typedef uint32_t Bits __attribute__((vector_size(4 * L)));
+typedef int32_t Ints __attribute__((vector_size(4 * L)));
+typedef uint16_t Half __attribute__((vector_size(2 * L)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline Vec all(float value) { return Vec{} + value; }
+
+template <class To, class From>
+inline To as(From value) {
+    To out;
+    static_assert(sizeof(out) == sizeof(value));
+    std::memcpy(&out, &value, sizeof(out));
+    return out;
+}
+
+inline Vec widened(Half half) { return as<Vec>(__builtin_convertvector(half, Bits) << 16); }
+
+inline Half narrowed(Vec value) {  // to the nearest, ties to even; NaN stays NaN
+    Bits bits = as<Bits>(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded = (bits & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc0 : rounded;
+    return __builtin_convertvector(rounded, Half);
+}
+
+inline Vec load(const float* from) {
+    Vec out;
+    std::memcpy(&out, from, sizeof(out));
+    return out;
+}
+
+inline Vec load(const bf16* from) {
+    Half half;
+    std::memcpy(&half, from, sizeof(half));
+    return widened(half);
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value)); }
+
+inline void store(bf16* to, Vec value) {
+    Half half = narrowed(value);
+    std::memcpy(to, &half, sizeof(half));
+}
+
+template <class T>
+inline Vec load(const T* from, int64_t count) {  // fewer than a vector's; zeros behind them
+    T part[L] = {};
+    std::memcpy(part, from, count * sizeof(T));
+    return load(part);
+}
+
+template <class T>
+inline void store(T* to, Vec value, int64_t count) {
+    T part[L];
+    store(part, value);
+    std::memcpy(to, part, count * sizeof(T));
+}
+
+template <class T>
+inline Vec rounded(Vec value);
+
+template <>
+inline Vec rounded<float>(Vec value) {
+    return value;
+}
+
+template <>
+inline Vec rounded<bf16>(Vec value) {
+    return widened(narrowed(value));
+}
+
+inline float sum_of(Vec value) {
+    float parts[L];
+    store(parts, value);
+    for (int step = L / 2; step; step /= 2)
+        for (int i = 0; i < step; i++) parts[i] += parts[i + step];
+    return parts[0];
+}
+
+inline float most_of(Vec value) {
+    float parts[L];
+    store(parts, value);
+    return *std::max_element(parts, parts + L);
+}
+
+// `work` for every 16 of `width` columns and for what is left: work(i, read, write), both made for as many columns.
+template <class Work>
+inline void each(int64_t width, Work work) {
+    int64_t i = 0;
+    for (; i + L <= width; i += L)
+        work(i, [](auto* from) { return load(from); }, [](auto* to, Vec value) { store(to, value); });
+    if (int64_t left = width - i)
+        work(i, [left](auto* from) { return load(from, left); }, [left](auto* to, Vec value) { store(to, value, left); });
+}
+
+// e^x by x = n ln 2 + r and a polynomial in r; within 2 units in the last place, 0 below -87, infinity above 88.
+inline Vec exponential(Vec x) {
+    const Vec floor = all(-87.0f), ceiling = all(88.0f), shift = all(12582912.0f);
+    Vec inside = x < floor ? floor : x;
+    inside = inside > ceiling ? ceiling : inside;
+    Vec z = inside * 1.44269504088896341f + shift, n = z - shift;
+    Vec r = inside - n * 0.693359375f;
+    r -= n * -2.12194440e-4f;
+    Vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Vec out = p * as<Vec>((as<Bits>(z) + 127) << 23);  // the low bits of z are n
+    out = x > ceiling ? all(std::numeric_limits<float>::infinity()) : out;
+    return x < floor ? Vec{} : out;
+}
+
+// Threads are worth waking for about this many elements.
+inline int crew(int threads, int64_t work) { return int(std::max<int64_t>(1, std::min<int64_t>(threads, work / 32768))); }
+
+inline float inverse_rms(const float* x, float eps, int64_t width) {
+    Vec sum{};
+    each(width, [&](int64_t i, auto read, auto) { sum += read(x + i) * read(x + i); });
+    return 1.0f / std::sqrt(sum_of(sum) / float(width) + eps);
+}
+
+// to = from * cos + (its halves exchanged) * sin, one head
+template <class T>
+inline void turn_head(const T* from, const T* cos, const T* sin, T* to, int64_t width) {
+    int64_t half = width / 2;
+    each(half, [&](int64_t i, auto read, auto write) {
+        Vec first = read(from + i), second = read(from + i + half);
+        write(to + i, rounded<T>(first * read(cos + i)) + second * read(sin + i));
+        write(to + i + half, rounded<T>(second * read(cos + i + half)) + first * read(sin + i + half));
+    });
+}
+
+// A row to 8 bits with `zero` added; returns its step: the largest magnitude over 127, NaN for a row that is not finite.
+template <class T, class Bytes>
+float quantise_row(const T* from, Bytes* to, int64_t width, int zero) {
+    const float huge = std::numeric_limits<float>::max();
+    Vec most{};
+    Ints odd{};
+    each(width, [&](int64_t i, auto read, auto) {
+        Vec size = as<Vec>(as<Bits>(read(from + i)) & 0x7fffffff);
+        most = size > most ? size : most;
+        odd |= ~(size <= huge);
+    });
+    bool finite = true;
+    for (int i = 0; i < L; i++) finite &= !odd[i];
+    const float step = std::max(most_of(most) / 127.0f, 1e-12f), times = finite ? 1.0f / step : 0.0f;
+    const Vec shift = all(12582912.0f);  // makes a number whole, to the nearest
+    typedef Bytes Small __attribute__((vector_size(L)));
+    each(width, [&](int64_t i, auto read, auto) {
+        Ints whole = as<Ints>(read(from + i) * times + shift) - as<Ints>(shift) + zero;
+        Small small = __builtin_convertvector(whole, Small);
+        std::memcpy(to + i, &small, std::min<int64_t>(L, width - i));
+    });
+    return finite ? step : std::numeric_limits<float>::quiet_NaN();  // 8 bits know no NaN
+}
+
+}  // namespace

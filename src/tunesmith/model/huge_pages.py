@@ -1,0 +1,66 @@
+"""Memory that is read through again and again, in large pages: a processor keeps few addresses of pages at hand, and small ones are many.
+
+On the machine of records/ the weights of a 135M model are read at 23 GB/s so, and at 16 GB/s in pages of 4 kB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+PAGE = 2 << 20
+SLAB = 32 << 20
+_MADV_HUGEPAGE = 14
+
+
+class _Slab:
+    """A piece of memory whose parts are handed out one after the other; it lives as long as any of them."""
+
+    def __init__(self, size: int) -> None:
+        self.whole = torch.empty(size + PAGE, dtype=torch.uint8)
+        self.at = -self.whole.data_ptr() % PAGE
+        self.end = self.at + size
+        if advise := _advise():
+            advise(self.whole.data_ptr() + self.at, size, _MADV_HUGEPAGE)  # a kernel that knows no large pages says so, and nothing is lost
+
+    def take(self, size: int) -> Tensor:
+        part = self.whole[self.at : self.at + size]
+        self.at += -(-size // 64) * 64
+        return part
+
+
+class Area:
+    """Hands out CPU tensors that will be given back at about the same time: small ones stand together, large ones alone."""
+
+    def __init__(self) -> None:
+        self._slab: _Slab | None = None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor as `torch.empty` makes it."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > SLAB // 4:
+            slab = _Slab(-(-size // PAGE) * PAGE)
+        else:
+            if self._slab is None or self._slab.at + size > self._slab.end:
+                self._slab = _Slab(SLAB)
+            slab = self._slab
+        return slab.take(size).view(dtype).view(*shape)
+
+
+WEIGHTS = Area()
+CACHE = Area()
+
+
+@functools.cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return call

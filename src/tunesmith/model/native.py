@@ -1,0 +1,214 @@
+"""Our C++ functions, compiled once for a machine by its own compiler: for CPU tensors in bf16 and fp32 on Linux.
+
+What PyTorch does in five or ten operations, each over a whole tensor, `cpp/layer.cpp` does in one; `cpp/step.cpp` runs all layers of a
+sampling step in one. Every caller has PyTorch's way beside it, for machines without a compiler and to compare with. TUNESMITH_NATIVE=0 in
+the environment chooses that way everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.log import logger
+
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-Wno-psabi", "-fPIC",
+    "-shared",
+)  # fmt: skip
+SECONDS = 300  # that the compiler may take
+
+# P pointers, N counts, F floats in the order of the functions in cpp; the number of threads follows.
+_SIGNATURES = {
+    "norm": "PPFPPPNN",
+    "norm_backward": "PPPPPPNN",
+    "gate": "PPPNNN",
+    "gate_backward": "PPPPPN",
+    "turn": "PPPPPNN",
+    "product": "PPPNNPP",
+}
+_KINDS: dict[str, Any] = {"P": ctypes.c_void_p, "N": ctypes.c_int64, "F": ctypes.c_float}
+# at::native::cpublas::brgemm by the kind of its inputs, and what gives the processor's matrix unit back. PyTorch exports them, and does not
+# promise to: where they are missing, products go through its operators.
+_BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllb"
+_MULTIPLY = {"float32": _BRGEMM + "PKfS3_Pfb", "bfloat16": _BRGEMM + "PKN3c108BFloat16ES5_Pfb", "int8": _BRGEMM + "PKhPKaPib"}
+_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
+
+
+class Kernels:
+    """The compiled functions for products in one dtype T. Tensors are contiguous where nothing else is said; N rows, E columns."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        name = str(dtype).removeprefix("torch.")
+        self._calls: dict[str, Any] = {}
+        for function, signature in _SIGNATURES.items():
+            call = self._calls[function] = library[f"{function}_{name}"]
+            call.argtypes = [_KINDS[kind] for kind in signature] + [ctypes.c_int]
+            call.restype = None
+        self._step = library[f"step_{name}"]
+        self._step.argtypes, self._step.restype = [ctypes.c_void_p], None
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """RMS norm [.., E] in T of x in fp32; also x / rms(x) in T and 1 / rms(x) [.., 1] in fp32, which its gradient needs."""
+        out, unit = (torch.empty(x.shape, dtype=weight.dtype) for _ in range(2))
+        inverse = torch.empty(*x.shape[:-1], 1)
+        self._calls["norm"](
+            x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), unit.data_ptr(), inverse.data_ptr(), *_rows(x),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out, unit, inverse
+
+    def norm_backward(self, dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor, need_weight: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the norm with respect to x [.., E] and the weight [E], in fp32."""
+        dx = torch.empty(dy.shape)
+        dw = torch.empty(weight.shape) if need_weight else None
+        self._calls["norm_backward"](
+            dy.data_ptr(), unit.data_ptr(), inverse.data_ptr(), weight.data_ptr(), dx.data_ptr(), at(dw), *_rows(dy),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, dw
+
+    def gate(self, inner: Tensor, up: Tensor) -> Tensor:
+        """silu(inner) * up [N, I]; both may be columns of wider rows, of one width."""
+        out = torch.empty(inner.shape, dtype=inner.dtype)
+        self._calls["gate"](inner.data_ptr(), up.data_ptr(), out.data_ptr(), *_rows(inner), inner.stride(-2), torch.get_num_threads())
+        return out
+
+    def gate_backward(self, d: Tensor, inner: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate's output once more, and the gradients of `inner` (in the place of `d`) and of `up`."""
+        out, d_up = torch.empty_like(inner), torch.empty_like(inner)
+        self._calls["gate_backward"](
+            d.data_ptr(), inner.data_ptr(), up.data_ptr(), out.data_ptr(), d_up.data_ptr(), d.numel(), torch.get_num_threads()
+        )
+        return out, d, d_up
+
+    def turn(self, rows: Tensor, index: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """rows[index] * cos + (their halves exchanged) * signed sin: [R, D] from rows [.., D], index [R] and tables [R, D]."""
+        out = torch.empty(len(index), rows.shape[1], dtype=rows.dtype)
+        self._calls["turn"](
+            rows.data_ptr(), index.data_ptr(), tables[0].data_ptr(), tables[1].data_ptr(), out.data_ptr(), *_rows(out),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def product(self, product: ctypes.Structure, x: Tensor, out: Tensor, multiply: Multiply) -> None:
+        """x W^T + bias for a Product of cpp/step.cpp, from x [N, inputs] in T to out [N, outputs] in T or fp32."""
+        wide = out.dtype == torch.float32 != x.dtype
+        self._calls["product"](ctypes.addressof(product), x.data_ptr(), out.data_ptr(), wide, len(x), *multiply, torch.get_num_threads())
+
+    def step(self, step: ctypes.Structure) -> None:
+        """All layers over one new token of every row, as a Step of cpp/step.cpp says."""
+        self._step(ctypes.addressof(step))
+
+
+Multiply = tuple[int, int]  # addresses of what multiplies a block and of what gives the matrix unit back
+
+
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """The compiled functions for products in this dtype on a CPU; None where PyTorch's operations have to do."""
+    return _kernels(dtype) if _on else None
+
+
+def multiplier(dtype: torch.dtype) -> Multiply | None:
+    """What multiplies rows by blocks of weights in bf16, fp32 or int8; None where PyTorch or the processor has no such function."""
+    return _multiplier(str(dtype).removeprefix("torch.")) if _on else None
+
+
+_on = os.environ.get("TUNESMITH_NATIVE", "1") != "0"
+
+
+@contextlib.contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Compiled functions, or PyTorch's operations, while this is open; with a compiler missing always the latter."""
+    global _on
+    before, _on = _on, on
+    try:
+        yield
+    finally:
+        _on = before
+
+
+@functools.cache
+def _kernels(dtype: torch.dtype) -> Kernels | None:
+    library = _library() if dtype in (torch.bfloat16, torch.float32) else None
+    return None if library is None else Kernels(library, dtype)
+
+
+@functools.cache
+def _multiplier(kind: str) -> Multiply | None:
+    library = _library()
+    if library is None or kind not in _MULTIPLY:
+        return None
+    try:
+        here = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        found = [ctypes.cast(here[name], ctypes.c_void_p).value or 0 for name in (_MULTIPLY[kind], _RELEASE)]
+    except (OSError, AttributeError):
+        return None
+    can = library["can_multiply"]
+    can.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return (found[0], found[1]) if can(*found, kind != "float32") else None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled file, made now if this machine has none of this source yet."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if sys.platform != "linux" or compiler is None:
+        logger.info("no C++ compiler (g++) is found: elementwise passes go through PyTorch's operations, which is slower")
+        return None
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
+        sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+        known = [*sources, version, " ".join(FLAGS).encode(), torch.__version__.encode(), _processor()]
+        place = folder / f"native-{hashlib.sha256(b'|'.join(known)).hexdigest()[:16]}.so"
+        if not place.exists():
+            _compile(compiler, place)
+        return ctypes.CDLL(str(place))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or b""
+        said = " ".join((output.decode(errors="replace") or str(error)).split())[:300]
+        logger.warning("our compiled functions cannot be used, PyTorch's operations take their place, which is slower: %s", said)
+        return None
+
+
+def _compile(compiler: str, place: Path) -> None:
+    """To a name of its own first: other processes may be doing the same, and none of them finds half a file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".so", dir=place.parent)
+    os.close(handle)
+    try:
+        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+        subprocess.run([compiler, *FLAGS, *sources, "-o", name], capture_output=True, check=True, timeout=SECONDS)
+        Path(name).replace(place)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _processor() -> bytes:
+    """What this processor can do: a home folder may be shared by machines of several kinds."""
+    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    return "".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags", "Features")).encode()
+
+
+def at(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first number."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rows(tensor: Tensor) -> tuple[int, int]:
+    return tensor.numel() // tensor.shape[-1], tensor.shape[-1]

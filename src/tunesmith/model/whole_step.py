@@ -1,0 +1,146 @@
+"""One token more for every cached row, through all decoder layers in one compiled function: the fastest way of `cached_layer.forward`.
+
+Between the products of a few rows most of the time goes into starting things: operations, threads, Python. Here the threads start once a
+step, weights stream through large pages, and what is done to a product's outputs is done while they are in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.model import native
+from tunesmith.model.cached import NextTokens
+from tunesmith.model.cached_layer import Ready
+from tunesmith.model.products import Blocked, BlockedProduct
+
+WIDTHS = (16, 32, 64, 96, 128, 256)  # of heads, and query heads on one key head, that cpp/attention.h is made for
+MOST_GROUPED = 64
+
+_P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Span(ctypes.Structure):
+    _fields_ = (("b", _P), ("first", _N), ("rank", _N), ("column", _N), ("columns", _N))
+
+
+class _Lora(ctypes.Structure):
+    _fields_ = (("a", _P), ("ranks", _N), ("spans", _N), ("span", _Span * 3))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("product", BlockedProduct * 4), ("lora", _Lora * 4), ("first_norm", _P), ("second_norm", _P), ("query_norm", _P), ("key_norm", _P),
+        ("cos", _P), ("sin", _P), ("window", _N), ("eps", _F), ("scale", _F),
+    )  # fmt: skip
+
+
+class _Pool(ctypes.Structure):
+    _fields_ = (("rows", _N), ("slot", _N), ("past", _P))
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("multiply", _P), ("release", _P), ("layers", _P), ("pools", _P), ("keys", _P), ("values", _P), ("places", _P), ("x", _P),
+        ("depth", _N), ("pool_count", _N), ("rows", _N), ("hidden", _N), ("key_heads", _N), ("group", _N), ("width", _N), ("longest", _N),
+        ("threads", _N),
+    )  # fmt: skip
+
+
+class WholeStep:
+    """The layers as the compiled function reads them; `layers` must be those that `can` takes."""
+
+    def __init__(self, layers: Sequence[Ready]) -> None:
+        self.layers = list(layers)
+        self._layers = (_Layer * len(layers))()
+        self._stacks: list[Any] = []
+        self._held: list[Tensor] = []
+        self._own = any(part.a is not None for ready in layers for part in ready.parts)
+        for ready, layer in zip(layers, self._layers, strict=True):
+            layer.first_norm, layer.second_norm = ready.first_norm.data_ptr(), ready.second_norm.data_ptr()
+            layer.query_norm, layer.key_norm = (native.at(norm) for norm in ready.head_norms or (None, None))
+            layer.eps, layer.scale = ready.eps, ready.scale
+            for place, part in enumerate(ready.parts):
+                assert isinstance(part.product, Blocked)
+                layer.product[place] = part.product.structure
+                if part.a is not None:
+                    seconds = [(rank, b.t().contiguous(), span) for span, rank, b in part.b]
+                    self._held += [part.a, *(b for _, b, _ in seconds)]
+                    _fill(layer.lora[place], part.a, seconds)
+
+    @staticmethod
+    def can(layers: Sequence[Ready]) -> bool:
+        """Whether the compiled function can stand for these layers on this machine."""
+        return native.kernels(layers[0].dtype) is not None and all(
+            ready.dtype == layers[0].dtype
+            and all(
+                isinstance(part.product, Blocked) and part.product.inputs % 16 == part.product.outputs % 16 == 0 for part in ready.parts
+            )
+            and all(part.a is None or part.a.dtype == ready.dtype for part in ready.parts)
+            and isinstance(ready.inner.product, Blocked)
+            and ready.inner.product.gated
+            and _width(ready) in WIDTHS
+            and ready.heads // ready.keys <= MOST_GROUPED
+            for ready in layers
+        )
+
+    def run(self, x: Tensor, feed: NextTokens, rotary: tuple[Tensor, Tensor], windows: Sequence[int]) -> bool:
+        """Put x [N, hidden] in fp32 through all layers, in place; False where these rows' adapters are of another dtype."""
+        first = self.layers[0]
+        kernels, multiply = native.kernels(first.dtype), first.inner.product.multiply  # type: ignore[attr-defined]
+        if kernels is None or not self._take_adapters(feed):
+            return False
+        like = x.new_empty(0, first.keys, _width(first), dtype=first.dtype)
+        pools = (_Pool * len(feed.parts))()
+        count = len(self.layers) * len(pools)
+        keys, values = (_P * count)(), (_P * count)()
+        for number, (pool, part, _) in enumerate(feed.parts):
+            pools[number] = _Pool(part.stop - part.start, pool.width, feed.past(number).data_ptr())
+            for i, ready in enumerate(self.layers):
+                key, value = pool.room(ready.number, like, like)
+                keys[i * len(pools) + number], values[i * len(pools) + number] = key.data_ptr(), value.data_ptr()
+        for layer, window in zip(self._layers, windows, strict=True):
+            layer.cos, layer.sin, layer.window = rotary[0].data_ptr(), rotary[1].data_ptr(), window
+        places = x.new_zeros(len(x), dtype=torch.int64) if feed.mix is None else feed.mix.places
+        kernels.step(
+            _Step(
+                *multiply, ctypes.addressof(self._layers), ctypes.addressof(pools), ctypes.addressof(keys), ctypes.addressof(values),
+                places.data_ptr(), x.data_ptr(), len(self.layers), len(pools), len(x), x.shape[1], first.keys, first.heads // first.keys,
+                _width(first), feed.longest, torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return True
+
+    def _take_adapters(self, feed: NextTokens) -> bool:
+        """Let the layers read the stacks of the rows' adapters."""
+        if self._own:
+            return feed.mix is None
+        stacks = [] if feed.mix is None else [feed.mix.stack(tuple(part.spans)) for ready in self.layers for part in ready.parts]
+        if any(stack is not None and stack.a.dtype != self.layers[0].dtype for stack in stacks):
+            return False
+        if len(stacks) != len(self._stacks) or any(one is not other for one, other in zip(stacks, self._stacks, strict=True)):
+            self._stacks = stacks
+            for i, (ready, layer) in enumerate(zip(self.layers, self._layers, strict=True)):
+                for place, part in enumerate(ready.parts):
+                    stack = stacks[len(ready.parts) * i + place] if stacks else None
+                    if stack is None:
+                        layer.lora[place].a = None
+                    else:
+                        _fill(layer.lora[place], stack.a, [(rank, b, part.spans[path]) for path, (rank, b) in stack.b.items()])
+        return True
+
+
+def _fill(lora: Any, a: Tensor, seconds: Sequence[tuple[slice, Tensor, slice]]) -> None:
+    """A [.., ranks, inputs]; for every layer on this input the ranks that it reads, B [.., rank, outputs], and its columns."""
+    lora.a, lora.ranks, lora.spans = a.data_ptr(), a.shape[-2], len(seconds)
+    for number, (rank, b, span) in enumerate(seconds):
+        lora.span[number] = _Span(b.data_ptr(), rank.start, b.shape[-2], span.start, span.stop - span.start)
+
+
+def _width(ready: Ready) -> int:
+    outputs = ready.attention.product.outputs  # type: ignore[attr-defined]
+    return int(outputs // (ready.heads + 2 * ready.keys))

@@ -1,0 +1,333 @@
+"""The compiled functions against PyTorch's operations: the same numbers to rounding, and their absence costs nothing but time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.model import native
+from tunesmith.model.cached import Cache, NextTokens, Prompts
+from tunesmith.model.cached_layer import Part, Ready, forward, spans_of
+from tunesmith.model.fused_layer import _turn
+from tunesmith.model.layer_ops import gate, gate_backward, rms_norm, rms_norm_backward
+from tunesmith.model.many_adapters import Factors, Stack
+from tunesmith.model.products import Blocked, product
+from tunesmith.model.whole_step import WholeStep
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 8), (3, 24), (37, 192), (130, 577)]  # the last is work for two threads
+
+pytestmark = pytest.mark.skipif(native.kernels(torch.float32) is None, reason="no C++ compiler here")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def both(work: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `work` gives with the compiled functions, and with PyTorch's operations."""
+    with native.switched(True):
+        ours = work()
+    with native.switched(False):
+        assert native.kernels(torch.float32) is None
+        return ours, work()
+
+
+def near(ours: Any, theirs: Any) -> None:
+    if isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype
+        # A unit in the last place of bf16, twice, where something was rounded the other way.
+        rough = {"rtol": 2**-6, "atol": 1e-6} if ours.dtype == torch.bfloat16 else {"rtol": 2e-6, "atol": 1e-5}
+        torch.testing.assert_close(ours, theirs, **rough)
+        if ours.dtype == torch.bfloat16:
+            assert (ours != theirs).float().mean() < 0.02
+    elif ours is None:
+        assert theirs is None
+    else:
+        for one, other in zip(ours, theirs, strict=True):
+            near(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_and_gates_and_their_gradients_are_pytorchs(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = normal(*shape) * 3, normal(shape[1], dtype=dtype, seed=1)
+    near(*both(lambda: rms_norm(x, weight, 1e-5)))
+    _, unit, inverse = rms_norm(x, weight, 1e-5)
+    dy = normal(*shape, dtype=dtype, seed=2)
+    for need in (True, False):
+        near(*both(lambda need=need: rms_norm_backward(dy, unit, inverse, weight, need)))  # type: ignore[misc]
+    inner, up = normal(*shape, dtype=dtype, seed=3) * 8, normal(*shape, dtype=dtype, seed=4)
+    near(*both(lambda: gate(inner, up)))
+    near(*both(lambda: gate_backward(dy.clone(), inner, up)))
+    joined = torch.cat([inner, up], 1)
+    near(*both(lambda: gate(joined[:, : shape[1]], joined[:, shape[1] :])))
+
+
+def test_the_gate_holds_at_the_ends_of_its_range() -> None:
+    ends = torch.tensor([[-1e30, -200.0, -88.0, -87.0, -0.0, 0.0, 1e-30, 87.0, 88.0, 200.0, 1e30, float("nan"), float("inf")]])
+    ones = torch.ones_like(ends)
+    ours, theirs = both(lambda: gate(ends, ones))
+    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-6, atol=1e-30)
+    ours, theirs = both(lambda: gate_backward(ones[:, 1:].clone(), ends[:, :-1], ones[:, 1:]))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-6, atol=1e-30)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    for bad in (float("nan"), float("inf")):
+        for dtype in DTYPES:
+            x, weight = normal(4, 64), normal(64, dtype=dtype)
+            x[2, 5] = bad
+            out = rms_norm(x, weight, 1e-5)[0]
+            assert torch.isfinite(out).all(1).tolist() == [True, True, False, True]
+            y = product([normal(8, 64)], [None], dtype, int8=True)(x.to(dtype))
+            assert torch.isfinite(y).all(1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_turning_and_bringing_rows_together_is_pytorchs(dtype: torch.dtype) -> None:
+    rows, index = normal(30, 16, dtype=dtype), torch.randint(0, 30, (700,), generator=torch.Generator().manual_seed(0))
+    swapped = torch.stack([2 * index + 1, 2 * index], 1).view(-1)
+    tables = (normal(700, 16, dtype=dtype, seed=1), normal(700, 16, dtype=dtype, seed=2))
+    near(*both(lambda: _turn(rows, index, swapped, tables)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_8_bits_are_the_same(dtype: torch.dtype, bias: bool) -> None:
+    def way(x: Tensor) -> Tensor:
+        return product([normal(48, 64, seed=1), normal(16, 64, seed=2)], [normal(48, seed=3) if bias else None, None], dtype, int8=True)(x)
+
+    x = normal(40, 64, dtype=dtype)
+    ours, theirs = both(lambda: way(x))
+    assert ours.dtype == theirs.dtype == dtype
+    # A value that lies between two steps may go to either: one step of its row and of the weight.
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.01, atol=0.2)
+    assert (ours.float() - theirs.float()).abs().mean() < 3e-3
+    assert not way(torch.zeros(1, 64, dtype=dtype))[0, 48:].any()
+
+
+HIDDEN, INNER = 64, 128
+
+
+def layers(count: int, dtype: torch.dtype, heads: int, keys: int, width: int, *, head_norms: bool = False, bias: bool = False,
+           int8: bool = False, lora: bool = False) -> list[Ready]:  # fmt: skip
+    """Layers with random weights, the same ones whoever multiplies them."""
+    joined = (heads + 2 * keys) * width
+    names = [["q", "k", "v"], ["o"], ["g", "u"], ["d"]]
+    sizes = [[heads * width, keys * width, keys * width], [HIDDEN], [INNER, INNER], [HIDDEN]]
+    inputs = [HIDDEN, heads * width, HIDDEN, INNER]
+    out = []
+    for number in range(count):
+        parts = []
+        for i in range(4):
+            at = 100 * number + 10 * i
+            weights = [normal(size, inputs[i], seed=at + k) * inputs[i] ** -0.5 for k, size in enumerate(sizes[i])]
+            biases = [normal(size, seed=at + 5 + k) if bias else None for k, size in enumerate(sizes[i])]
+            spans = spans_of([f"{number}.{name}" for name in names[i]], sizes[i])
+            a, b = None, []
+            if lora:  # of rank 4 on every second projection
+                chosen = list(spans.values())[::2]
+                a = normal(4 * len(chosen), inputs[i], dtype=dtype, seed=at + 8) * 0.1
+                b = [
+                    (span, slice(4 * k, 4 * k + 4), normal(span.stop - span.start, 4, dtype=dtype, seed=at + 9))
+                    for k, span in enumerate(chosen)
+                ]
+            parts.append(Part(spans, product(weights, biases, dtype, int8=int8, gated=i == 2), a, tuple(b)))
+        norms = [normal(size, seed=100 * number + 50 + size).mul(0.1).add(1).to(dtype) for size in (HIDDEN, HIDDEN + 1, width, width + 1)]
+        out.append(
+            Ready(
+                number,
+                dtype,
+                1e-5,
+                norms[0],
+                norms[1][1:],
+                (norms[2], norms[3][1:]) if head_norms else None,
+                *parts,
+                heads,
+                keys,
+                width**-0.5,
+            )
+        )
+    assert sum(size.stop for size in list(out[0].attention.spans.values())[-1:]) == joined
+    return out
+
+
+class Rows:
+    """The adapters of rows, as a Mix says them."""
+
+    def __init__(self, places: list[int], stacks: dict[tuple[str, ...], Stack]) -> None:
+        self.places, self.stacks = torch.tensor(places), stacks
+
+    def stack(self, paths: tuple[str, ...]) -> Stack | None:
+        return self.stacks.get(paths)
+
+    def add(self, spans: dict[str, slice], x: Tensor, y: Tensor) -> None:
+        stack = self.stack(tuple(spans))
+        for row, place in enumerate(self.places.tolist()):
+            if stack is not None and place >= 0:
+                for path, (rank, b) in stack.b.items():
+                    y[row, spans[path]] += (x[row].to(y.dtype) @ stack.a[place, rank].t()) @ b[place]
+
+
+def three_steps(some: list[Ready], lengths: list[int], windows: list[int], mix: Callable[[int], Rows] | None = None) -> list[Tensor]:
+    """What comes out of the layers for prompts of these lengths, and for three tokens behind each."""
+    cache, outs, dtype = Cache(), [], some[0].dtype
+    whole = WholeStep(some) if WholeStep.can(some) else None
+    width = int(some[0].scale ** -2 + 0.5)
+    for row, length in enumerate(lengths):
+        cache.add(row, length + 3)
+    for step in range(4):
+        if step == 0:
+            feed: Any = Prompts(cache, [(row, [1] * length, 0) for row, length in enumerate(lengths)], torch.device("cpu"))
+        else:
+            feed = NextTokens(cache, {row: (1, length + step - 1) for row, length in enumerate(lengths)}, torch.device("cpu"))
+            feed.mix = mix(len(feed.ids)) if mix else None
+        angle = feed.positions[:, None] / 10 ** torch.linspace(0, 2, width // 2)
+        rotary = (torch.cat([angle.cos()] * 2, 1)[:, None].to(dtype), torch.cat([-angle.sin(), angle.sin()], 1)[:, None].to(dtype))
+        x = normal(len(feed.ids), HIDDEN, seed=step)
+        if step and whole is not None:
+            assert whole.run(x, feed, rotary, windows)
+        else:
+            for layer, window in zip(some, windows, strict=True):
+                x = forward(x, layer, feed, rotary, window)
+        outs.append(x[: len(feed.last)])
+    assert native.kernels(dtype) is None or whole is not None
+    return outs
+
+
+def close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype) -> None:
+    """To 1e-5 of their size in fp32; in bf16, whose sums are rounded in other places, to its rounding on average."""
+    for one, other in zip(ours, theirs, strict=True):
+        if dtype == torch.float32:
+            assert (one - other).abs().max() < 1e-5 * other.abs().max()
+        else:
+            assert (one - other).abs().mean() < 0.02 * other.abs().mean()
+
+
+LENGTHS = [3, 63, 64, 65, 130, 5, 9, 80, 7]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "keys", "width"), [(2, 2, 16), (6, 2, 32), (9, 3, 64), (4, 4, 96), (10, 2, 128), (2, 1, 256)])
+@pytest.mark.parametrize(("window", "head_norms", "bias"), [(0, False, False), (7, True, False), (0, True, True)])
+def test_a_whole_step_is_the_plain_layers(
+    dtype: torch.dtype, heads: int, keys: int, width: int, window: int, head_norms: bool, bias: bool
+) -> None:
+    """Two layers, only the second with a window, over rows of several lengths in slots of several widths."""
+    close(*both(lambda: three_steps(layers(2, dtype, heads, keys, width, head_norms=head_norms, bias=bias), LENGTHS, [0, window])), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_than_are_multiplied_at_once(dtype: torch.dtype) -> None:
+    close(*both(lambda: three_steps(layers(2, dtype, 4, 2, 32), [2 + n % 5 for n in range(150)], [0, 0])), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_step_in_8_bits_is_near_the_plain_layers(dtype: torch.dtype) -> None:
+    for one, other in zip(*both(lambda: three_steps(layers(2, dtype, 4, 2, 32, bias=True, int8=True), LENGTHS, [0, 0])), strict=True):
+        assert (one - other).abs().mean() < 0.03 * other.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_step_goes_through_the_policys_own_adapter(dtype: torch.dtype) -> None:
+    ours, theirs = both(lambda: three_steps(layers(2, dtype, 4, 2, 32, lora=True), LENGTHS, [0, 0]))
+    close(ours, theirs, dtype)
+    bare = three_steps(layers(2, dtype, 4, 2, 32), LENGTHS, [0, 0])
+    assert (bare[1] - ours[1]).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_of_a_whole_step_goes_through_its_adapter(dtype: torch.dtype) -> None:
+    """Three adapters of several ranks, one without some layers, and rows that have none."""
+
+    def adapter(seed: int, rank: int, missing: str) -> Factors:
+        found = {}
+        for layer in layers(2, dtype, 4, 2, 32):
+            for part in layer.parts:
+                inputs = {"o": 128, "d": INNER}.get(next(iter(part.spans)).partition(".")[2], HIDDEN)
+                for path, span in part.spans.items():
+                    if path.partition(".")[2] not in missing:
+                        at = seed + 37 * len(found)
+                        a = normal(rank, inputs, dtype=dtype, seed=at) * 0.1
+                        found[path] = (a, normal(span.stop - span.start, rank, dtype=dtype, seed=at + 1) * 0.2)
+        return Factors("", 1, found)
+
+    adapters = [adapter(1000, 4, ""), adapter(2000, 16, "qg"), adapter(3000, 20, "")]
+
+    def mix(rows: int) -> Rows:
+        stacks = {}
+        for layer in layers(2, dtype, 4, 2, 32):
+            for part in layer.parts:
+                inputs = {"o": 128, "d": INNER}.get(next(iter(part.spans)).partition(".")[2], HIDDEN)
+                shapes = {path: (span.stop - span.start, inputs) for path, span in part.spans.items()}
+                stacks[tuple(part.spans)] = Stack(list(part.spans), adapters, shapes, torch.zeros(0, dtype=dtype))
+        return Rows([(row * 5) % 4 - 1 for row in range(rows)], stacks)
+
+    ours, theirs = both(lambda: three_steps(layers(2, dtype, 4, 2, 32), LENGTHS, [0, 0], mix))
+    close(ours, theirs, dtype)
+    bare = three_steps(layers(2, dtype, 4, 2, 32), LENGTHS, [0, 0])
+    apart = (bare[1] - ours[1]).abs().mean(1)
+    assert (apart[:4] > 0.05).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "gated"), [([48, 16], False), ([64, 64], True), ([7], False), ([200], False)])
+def test_blocked_products_are_pytorchs(dtype: torch.dtype, outputs: list[int], gated: bool) -> None:
+    weights = [normal(size, 64, seed=i) for i, size in enumerate(outputs)]
+    biases = [normal(size, seed=9 + i) if i == 0 else None for i, size in enumerate(outputs)]
+    for rows in (1, 8, 64, 70, 200):
+        x = normal(rows, 64, dtype=dtype, seed=rows)
+        way = product(weights, biases, dtype, gated=gated)
+        assert isinstance(way, Blocked)
+        bias = torch.cat([torch.zeros(size) if b is None else b.to(dtype).float() for b, size in zip(biases, outputs, strict=True)])
+        near(way(x), torch.nn.functional.linear(x.float(), torch.cat(weights).to(dtype).float(), bias).to(dtype))
+        assert torch.equal(way(x, wide=True), way(x).float())
+
+
+def alone(code: str, **environment: str) -> str:
+    """What a fresh process prints."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True)
+    return run.stdout + run.stderr
+
+
+ASK = (
+    "import logging; logging.basicConfig(level=20, format='%(message)s'); import torch; from tunesmith.model import native; "
+    "print(native.kernels(torch.float32) is None)"
+)
+
+
+def test_without_a_compiler_pytorch_does_the_work(tmp_path: Any) -> None:
+    assert alone(ASK, PATH=str(tmp_path), CXX="").split("\n")[0:2] in (
+        ["True", "no C++ compiler (g++) is found: elementwise passes go through PyTorch's operations, which is slower"],
+        ["no C++ compiler (g++) is found: elementwise passes go through PyTorch's operations, which is slower", "True"],
+    )
+    assert alone(ASK, TUNESMITH_NATIVE="0") == "True\n"
+
+
+def test_a_compiler_that_fails_is_told_of_and_leaves_nothing(tmp_path: Any) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no such header" >&2; exit 1; }\n')
+    compiler.chmod(0o755)
+    out = alone(ASK, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "cannot be used" in out
+    assert "no such header" in out
+    assert "True" in out
+    assert list((tmp_path / "cache" / "tunesmith").iterdir()) == []
+
+
+def test_it_is_compiled_once(tmp_path: Any) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert alone(ASK, **cache) == "False\n"
+    (made,) = (tmp_path / "tunesmith").iterdir()
+    before = made.stat().st_mtime_ns
+    assert alone(ASK, **cache) == "False\n"
+    assert made.stat().st_mtime_ns == before
