@@ -290,7 +290,10 @@ def test_blocked_products_are_pytorchs(dtype: torch.dtype, outputs: list[int], g
         assert isinstance(way, Blocked)
         bias = torch.cat([torch.zeros(size) if b is None else b.to(dtype).float() for b, size in zip(biases, outputs, strict=True)])
         near(way(x), torch.nn.functional.linear(x.float(), torch.cat(weights).to(dtype).float(), bias).to(dtype))
-        assert torch.equal(way(x, wide=True), way(x).float())
+        assert torch.equal(way.wide(x), way(x).float())
+        if gated:
+            inner, up = way(x).chunk(2, 1)
+            near(way.active(x), gate(inner.contiguous(), up.contiguous()))
 
 
 def alone(code: str, **environment: str) -> str:

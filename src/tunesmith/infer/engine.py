@@ -258,14 +258,13 @@ class Engine:
             missing = len(row.ids) - row.past
             if missing == 1:
                 continue  # goes with the next tokens
-            # Virtual tokens go through in one piece, and a few tokens are not worth a pass.
-            least = min(missing, max(min(WORTH, PROMPT_TOKENS), len(self.policy.front) + 1 - row.past))
+            # Only what is too long for a pass is cut, and virtual tokens go through in one piece.
+            count = min(missing, max(PROMPT_TOKENS, len(self.policy.front) + 1 - row.past))
             # Whole prompts have a faster way than those behind something, and virtual tokens are put in front of whole ones only.
             another = bool(parts) and (row.past == 0) != (parts[0][0].past == 0)
-            if parts and (another or PROMPT_TOKENS - taken < least):
+            if parts and (another or PROMPT_TOKENS - taken < count):
                 later.append(row)
                 continue
-            count = min(missing, max(PROMPT_TOKENS - taken, least))
             begun.append(row)
             parts.append((row, count))
             taken += count

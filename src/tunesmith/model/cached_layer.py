@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.model import native
 from tunesmith.model.attention import Form
 from tunesmith.model.cached import Feed
-from tunesmith.model.layer_ops import gate, rms_norm, wide
-from tunesmith.model.products import Way
+from tunesmith.model.layer_ops import compiled, gate, rms_norm, wide
+from tunesmith.model.products import Blocked, Way
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -74,22 +75,31 @@ def forward(x: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], 
     attended = _attend(ready.attention(h, feed), ready, feed, rotary, window)
     x = x + ready.output(attended, feed)
     h, _, _ = rms_norm(x, ready.second_norm, ready.eps)
-    inner = ready.inner(h, feed)
-    half = inner.shape[1] // 2
-    return x.add_(ready.down(gate(inner[:, :half], inner[:, half:]), feed))
+    way = ready.inner.product
+    if isinstance(way, Blocked) and way.gated and ready.inner.a is None and feed.mix is None:
+        active = way.active(h)
+    else:
+        inner = ready.inner(h, feed)
+        half = inner.shape[1] // 2
+        active = gate(inner[:, :half], inner[:, half:])
+    return x.add_(ready.down(active, feed))
 
 
 def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
     """Attention [N, H D] from the product of query, key and value side by side."""
     turned, rows = ready.heads + ready.keys, len(joined)
     width = joined.shape[1] // (turned + ready.keys)
+    fast = compiled(ready.dtype, joined) if width in native.HEAD_WIDTHS else None
+    if fast is not None:
+        fast.turn_rows(joined, rotary, ready.head_norms, ready.eps, ready.heads, ready.keys)
     joined = joined.view(rows, -1, width)
     both = joined[:, :turned]
-    if ready.head_norms is not None:
+    if fast is None and ready.head_norms is not None:
         query, _, _ = rms_norm(both[:, : ready.heads].to(wide(ready.dtype)), ready.head_norms[0], ready.eps)
         key, _, _ = rms_norm(both[:, ready.heads :].to(wide(ready.dtype)), ready.head_norms[1], ready.eps)
         both = torch.cat([query, key], 1)
-    both = turn(both, rotary)
+    if fast is None:
+        both = turn(both, rotary)
     form = Form(ready.scale, window)
     return feed.attend(ready.number, both[:, : ready.heads], both[:, ready.heads :], joined[:, turned:], form).reshape(rows, -1)
 

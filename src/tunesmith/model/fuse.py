@@ -193,12 +193,37 @@ def _at_once(first: Any, x: Tensor, feed: NextTokens, rotary: tuple[Tensor, Tens
         if not WholeStep.can(layers):
             return False
         fused.whole = WholeStep(layers)
-    reach = [getattr(layer.self_attn, "sliding_window", None) or 0 for layer in fused.layers]
-    windows = [window if window < feed.longest else 0 for window in reach]
+    windows = _windows(fused, feed)
     if windows[0] != window or not x.is_contiguous() or not fused.whole.run(x, feed, rotary, windows):
         return False
     feed.kept[WHOLE] = windows
     return True
+
+
+def _windows(fused: Fused, feed: Feed) -> list[int]:
+    """Each layer's window, 0 where no row is longer."""
+    reach = [getattr(layer.self_attn, "sliding_window", None) or 0 for layer in fused.layers]
+    return [window if window < feed.longest else 0 for window in reach]
+
+
+def states(decoder: Any, feed: NextTokens) -> Tensor | None:
+    """What a decoder of these families says of new tokens, [N, E], without transformers' way around the layers, which makes masks.
+
+    None until its layers have run at once (`_at_once`), which has shown that they can.
+    """
+    layers: Any = getattr(decoder, "layers", ())
+    fused = layers[0].__dict__.get("tunesmith") if len(layers) else None
+    if fused is None or fused.whole is None or len(layers) != len(fused.layers):
+        return None
+    x = decoder.embed_tokens(feed.ids[None])
+    with torch.autocast("cpu", enabled=False):
+        cos, sin = decoder.rotary_emb(x, feed.positions[None])
+        rotary = cached_layer.rotary_of(cos, sin, feed, fused.dtype)
+        wide_x = x[0].to(wide(fused.dtype))
+        if not wide_x.is_contiguous() or not fused.whole.run(wide_x, feed, rotary, _windows(fused, feed)):
+            return None
+    out: Tensor = decoder.norm(wide_x.to(fused.layers[-1].input_layernorm.weight.dtype))
+    return out
 
 
 def _ready(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> Ready:

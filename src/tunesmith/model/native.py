@@ -40,6 +40,7 @@ _SIGNATURES = {
     "gate_backward": "PPPPPN",
     "turn": "PPPPPNN",
     "product": "PPPNNPP",
+    "turn_rows": "PPPPPFNNNN",
 }
 _KINDS: dict[str, Any] = {"P": ctypes.c_void_p, "N": ctypes.c_int64, "F": ctypes.c_float}
 # at::native::cpublas::brgemm by the kind of its inputs, and what gives the processor's matrix unit back. PyTorch exports them, and does not
@@ -105,16 +106,31 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def product(self, product: ctypes.Structure, x: Tensor, out: Tensor, multiply: Multiply) -> None:
-        """x W^T + bias for a Product of cpp/step.cpp, from x [N, inputs] in T to out [N, outputs] in T or fp32."""
-        wide = out.dtype == torch.float32 != x.dtype
-        self._calls["product"](ctypes.addressof(product), x.data_ptr(), out.data_ptr(), wide, len(x), *multiply, torch.get_num_threads())
+    def turn_rows(
+        self, joined: Tensor, rotary: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None, eps: float, heads: int, keys: int
+    ) -> None:
+        """Norm (where there are norms) and turn by `rotary` [N, 1, D] the H query and K key heads of joined [N, (H + 2 K) D], in place."""
+        width = joined.shape[1] // (heads + 2 * keys)
+        query, key = norms or (None, None)
+        self._calls["turn_rows"](
+            joined.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr(), at(query), at(key), eps, len(joined), heads, keys, width,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def product(self, product: ctypes.Structure, x: Tensor, out: Tensor, multiply: Multiply, kind: int) -> None:
+        """x W^T + bias for a Product of cpp/step.cpp from x [N, inputs] in T: NARROW [N, outputs] in T, WIDE the same in fp32.
+
+        ACTIVE: silu(first half) * second half [N, outputs / 2] in T, of a gated one.
+        """
+        self._calls["product"](ctypes.addressof(product), x.data_ptr(), out.data_ptr(), kind, len(x), *multiply, torch.get_num_threads())
 
     def step(self, step: ctypes.Structure) -> None:
         """All layers over one new token of every row, as a Step of cpp/step.cpp says."""
         self._step(ctypes.addressof(step))
 
 
+NARROW, WIDE, ACTIVE = range(3)  # kinds of products
+HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)  # that cpp/attention.h is made for
 Multiply = tuple[int, int]  # addresses of what multiplies a block and of what gives the matrix unit back
 
 

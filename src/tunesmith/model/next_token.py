@@ -71,10 +71,13 @@ class NextToken:
             if policy.head == "plain":
                 plain: Tensor = policy.causal(**arguments).logits[0]
                 return plain.index_select(0, rows).float()
-            states = policy.decoder()(**arguments).last_hidden_state[0].index_select(0, rows)
+            states = fuse.states(policy.decoder(), feed) if isinstance(feed, NextTokens) else None
+            if states is None:
+                states = policy.decoder()(**arguments).last_hidden_state[0]
+            states = states.index_select(0, rows)
         with torch.autocast(policy.device.type, enabled=False):
             head = self._head_of(states.dtype)
-            logits = head(states, wide=True) if isinstance(head, Blocked) else head(states).float()
+            logits = head.wide(states) if isinstance(head, Blocked) else head(states).float()
         if policy.head_form.scale != 1.0:
             logits.mul_(policy.head_form.scale)
         if policy.head_form.cap is not None:

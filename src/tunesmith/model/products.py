@@ -85,7 +85,7 @@ class BlockedProduct(ctypes.Structure):
 class Blocked:
     """Weights in blocks of 64 outputs, as our compiled functions read them; with `int8` both sides are rounded as in `Int8`.
 
-    `wide`: the result, rounded as it is, in fp32. `gated`: each block holds 32 outputs of the first layer and the same 32 of the second.
+    `gated`: each block holds 32 outputs of the first layer and the same 32 of the second.
     """
 
     def __init__(
@@ -130,11 +130,22 @@ class Blocked:
             and native.multiplier(torch.int8 if int8 else dtype) is not None
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, *, wide: bool = False) -> Tensor:
-        kernels = native.kernels(self.dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x, self.outputs, self.dtype, native.NARROW)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The result, rounded as it is, in fp32."""
+        return self._run(x, self.outputs, torch.float32, native.WIDE)
+
+    def active(self, x: Tensor) -> Tensor:
+        """silu(first layer's) * second layer's outputs [N, O / 2], of a gated product."""
+        assert self.gated
+        return self._run(x, self.outputs // 2, self.dtype, native.ACTIVE)
+
+    def _run(self, x: Tensor, width: int, dtype: torch.dtype, kind: int) -> Tensor:
+        kernels, out = native.kernels(self.dtype), torch.empty(len(x), width, dtype=dtype)
         assert kernels is not None
-        out = torch.empty(len(x), self.outputs, dtype=torch.float32 if wide else self.dtype)
-        kernels.product(self.structure, x.to(self.dtype).contiguous(), out, self.multiply)
+        kernels.product(self.structure, x.to(self.dtype).contiguous(), out, self.multiply, kind)
         return out
 
 

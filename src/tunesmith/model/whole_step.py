@@ -18,8 +18,7 @@ from tunesmith.model.cached import NextTokens
 from tunesmith.model.cached_layer import Ready
 from tunesmith.model.products import Blocked, BlockedProduct
 
-WIDTHS = (16, 32, 64, 96, 128, 256)  # of heads, and query heads on one key head, that cpp/attention.h is made for
-MOST_GROUPED = 64
+MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -83,7 +82,7 @@ class WholeStep:
             and all(part.a is None or part.a.dtype == ready.dtype for part in ready.parts)
             and isinstance(ready.inner.product, Blocked)
             and ready.inner.product.gated
-            and _width(ready) in WIDTHS
+            and _width(ready) in native.HEAD_WIDTHS
             and ready.heads // ready.keys <= MOST_GROUPED
             for ready in layers
         )

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t B = 64;     // outputs of a block
 constexpr int64_t ROWS = 64;  // rows that are multiplied at once
+constexpr int64_t PARTS = 8;  // so often one after the other
 
 typedef void (*Multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a, const void* b,
                          void* c, bool paired);
@@ -81,9 +82,10 @@ void multiply(const Product& product, Input input, int64_t rows, Multiply call, 
     alignas(64) float room[ROWS * B];
     const int64_t k = product.inputs, half = product.outputs / 2, each_input = product.scale ? 1 : sizeof(T);
     const int64_t blocks = (product.outputs + B - 1) / B, parts = (rows + ROWS - 1) / ROWS;
+    for (int64_t group = 0; group < parts; group += PARTS)  // rows that stay in the cache while the weights pass by
 #pragma omp for schedule(static) collapse(2) nowait
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t part = 0; part < parts; part++) {
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t part = group; part < std::min(parts, group + PARTS); part++) {
             const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
             call(count, B, k, k, B, B, false, static_cast<const char*>(input.data) + first * k * each_input,
                  static_cast<const char*>(product.weight) + block * B * k * each_input, room, product.scale || sizeof(T) == 2);
@@ -140,6 +142,23 @@ void prepare(const T* row, int64_t number, const Product& product, const Lora& l
                product.inputs);
 }
 
+// silu(gate) * up [rows, inner] from the outputs of a gated block, whose first half are gates.
+template <class T>
+struct Gate {
+    T* out;
+    int64_t inner;
+    Vec active[B / 2 / L];
+
+    void operator()(int64_t row, int64_t column, Vec value, int64_t) {
+        value = rounded<T>(value);
+        Vec& kept = active[column % (B / 2) / L];
+        if (column < inner)
+            kept = rounded<T>(value / (1.0f + exponential(-value)));
+        else
+            store(out + row * inner + column - inner, kept * value);
+    }
+};
+
 template <class T, int W>
 void attend_pools(const Step& s, const Layer& layer, int64_t number, const T* joined, T* out, float* scores) {
     int64_t first = 0;
@@ -154,16 +173,37 @@ void attend_pools(const Step& s, const Layer& layer, int64_t number, const T* jo
     }
 }
 
+// The query and key heads of rows [rows, (heads + others) * W], normed and turned where they stand.
+template <class T, int W>
+void turn_rows(T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, int64_t rows, int64_t queries,
+               int64_t keys, int threads) {
+#pragma omp parallel for num_threads(crew(threads, rows*(queries + keys) * W)) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < queries + keys; i++) {
+            T turned[W], *at = joined + (row * (queries + 2 * keys) + i) * W;
+            head<T, W>(at, i < queries ? query_norm : key_norm, eps, cos + row * W, sin + row * W, turned);
+            std::memcpy(at, turned, sizeof(turned));
+        }
+}
+
+#define BY_WIDTH(FUNCTION)                    \
+    switch (width) {                          \
+        case 16: return FUNCTION<T, 16>;      \
+        case 32: return FUNCTION<T, 32>;      \
+        case 64: return FUNCTION<T, 64>;      \
+        case 96: return FUNCTION<T, 96>;      \
+        case 128: return FUNCTION<T, 128>;    \
+        default: return FUNCTION<T, 256>;     \
+    }
+
 template <class T>
 auto attention_for(int64_t width) {
-    switch (width) {
-        case 16: return attend_pools<T, 16>;
-        case 32: return attend_pools<T, 32>;
-        case 64: return attend_pools<T, 64>;
-        case 96: return attend_pools<T, 96>;
-        case 128: return attend_pools<T, 128>;
-        default: return attend_pools<T, 256>;
-    }
+    BY_WIDTH(attend_pools)
+}
+
+template <class T>
+auto turning_for(int64_t width) {
+    BY_WIDTH(turn_rows)
 }
 
 // Memory for what lives during one call, kept from call to call: fresh pages cost more than the work in them.
@@ -245,15 +285,7 @@ void step(const Step& s) {
             prepare_rows(values, layer.product[1], layer.lora[1]);
             run(layer, 1, values, add);
             norm_rows(layer.second_norm, layer.eps, layer.product[2], layer.lora[2]);
-            Vec active[B / 2 / L];  // of half a block, until the other half comes
-            run(layer, 2, values, [&](int64_t row, int64_t column, Vec value, int64_t) {
-                value = rounded<T>(value);
-                Vec& kept = active[column % (B / 2) / L];
-                if (column < inner)
-                    kept = rounded<T>(value / (1.0f + exponential(-value)));
-                else
-                    store(gated + row * inner + column - inner, kept * value);
-            });
+            run(layer, 2, values, Gate<T>{gated, inner, {}});
             prepare_rows(gated, layer.product[3], layer.lora[3]);
             run(layer, 3, gated, add);
         }
@@ -261,26 +293,34 @@ void step(const Step& s) {
     }
 }
 
-// x W^T + bias [rows, outputs], in T or, with the values of T, in fp32.
+enum Kind { NARROW, WIDE, ACTIVE };
+
+// x W^T + bias [rows, outputs]: in T; with the values of T in fp32; or of a gated product silu(first half) * second half, in T.
 template <class T>
-void product(const Product& product, const T* x, void* out, int64_t wide, int64_t rows, Multiply call, Release release, int threads) {
+void product(const Product& product, const T* x, void* out, int64_t kind, int64_t rows, Multiply call, Release release, int threads) {
     Room room({product.scale ? rows * product.inputs : 0, product.scale ? rows * 4 : 0});
     uint8_t* bytes = room.take<uint8_t>();
     float* scale = room.take<float>();
+    const Input input = product.scale ? Input{bytes, scale} : Input{x, nullptr};
+    T* narrow = static_cast<T*>(out);
 #pragma omp parallel num_threads(threads)
     {
+        auto run = [&](auto out) { multiply<T>(product, input, rows, call, nullptr, nullptr, nullptr, out); };
         if (product.scale) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; row++)
                 scale[row] = quantise_row(x + row * product.inputs, bytes + row * product.inputs, product.inputs, 128);
         }
-        multiply<T>(product, product.scale ? Input{bytes, scale} : Input{x, nullptr}, rows, call, nullptr, nullptr, nullptr,
-                    [&](int64_t row, int64_t column, Vec value, int64_t left) {
-                        if (wide)
-                            store_some(static_cast<float*>(out) + row * product.outputs + column, rounded<T>(value), left);
-                        else
-                            store_some(static_cast<T*>(out) + row * product.outputs + column, value, left);
-                    });
+        if (kind == NARROW) {
+            run([&](int64_t row, int64_t column, Vec value, int64_t left) { store_some(narrow + row * product.outputs + column, value, left); });
+        } else if (kind == WIDE) {
+            float* wide = static_cast<float*>(out);
+            run([&](int64_t row, int64_t column, Vec value, int64_t left) {
+                store_some(wide + row * product.outputs + column, rounded<T>(value), left);
+            });
+        } else {
+            run(Gate<T>{narrow, product.outputs / 2, {}});
+        }
         release(true);
     }
 }
@@ -289,9 +329,13 @@ void product(const Product& product, const T* x, void* out, int64_t wide, int64_
 
 #define EACH(T, NAME)                                                                                                                 \
     extern "C" void step_##NAME(const Step* s) { step<T>(*s); }                                                                       \
-    extern "C" void product_##NAME(const Product* p, const T* x, void* out, int64_t wide, int64_t rows, Multiply call,                \
+    extern "C" void product_##NAME(const Product* p, const T* x, void* out, int64_t kind, int64_t rows, Multiply call,                \
                                    Release release, int threads) {                                                                    \
-        product<T>(*p, x, out, wide, rows, call, release, threads);                                                                   \
+        product<T>(*p, x, out, kind, rows, call, release, threads);                                                                   \
+    }                                                                                                                                 \
+    extern "C" void turn_rows_##NAME(T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps,        \
+                                     int64_t rows, int64_t queries, int64_t keys, int64_t width, int threads) {                       \
+        turning_for<T>(width)(joined, cos, sin, query_norm, key_norm, eps, rows, queries, keys, threads);                             \
     }
 
 EACH(float, float32)
