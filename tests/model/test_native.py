@@ -16,6 +16,7 @@ from tunesmith.model import native
 from tunesmith.model.cached import Cache, NextTokens, Prompts
 from tunesmith.model.cached_layer import Part, Ready, forward, spans_of
 from tunesmith.model.fused_layer import _turn
+from tunesmith.model.head import HeadForm, token_logprobs
 from tunesmith.model.layer_ops import gate, gate_backward, rms_norm, rms_norm_backward
 from tunesmith.model.many_adapters import Factors, Stack
 from tunesmith.model.products import Blocked, product
@@ -90,6 +91,37 @@ def test_what_is_not_finite_stays_so() -> None:
             assert torch.isfinite(out).all(1).tolist() == [True, True, False, True]
             y = product([normal(8, 64)], [None], dtype, int8=True)(x.to(dtype))
             assert torch.isfinite(y).all(1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [5, 16, 300, 3000])
+def test_log_probabilities_and_their_gradients_are_pytorchs(dtype: torch.dtype, vocabulary: int) -> None:
+    hidden, weight = normal(40, 24, seed=1) * 3, normal(vocabulary, 24, seed=2)
+    targets = torch.randint(0, vocabulary, (40,), generator=torch.Generator().manual_seed(0))
+
+    def work() -> tuple[Tensor, Tensor, Tensor]:
+        h, w = hidden.to(dtype).requires_grad_(), weight.clone().requires_grad_()
+        logp = token_logprobs(h, w, None, targets, HeadForm(), dtype)
+        (logp * torch.linspace(-1, 1, 40)).sum().backward()
+        assert h.grad is not None
+        assert w.grad is not None
+        return logp.detach(), h.grad, w.grad
+
+    (ours, *grads), (theirs, *others) = both(work)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6)
+    for one, other in zip(grads, others, strict=True):
+        size = float(other.abs().max())
+        assert float((one - other).abs().max()) < (1e-5 if dtype == torch.float32 else 0.02) * size
+
+
+def test_logits_that_are_infinite_or_far_apart() -> None:
+    logits = torch.full((4, 20), float("-inf"))
+    logits[0, 3], logits[1, :], logits[2, 18], logits[2, 2], logits[3, 4] = 1.0, -1e30, 1e4, -1e4, float("nan")
+    targets, logp = torch.tensor([3, 7, 18, 4]), torch.empty(4)
+    fast = native.kernels(torch.float32)
+    assert fast is not None
+    fast.soften(logits.clone(), targets, logp, False)
+    torch.testing.assert_close(logp, torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

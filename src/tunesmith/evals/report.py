@@ -79,6 +79,8 @@ def environment(device: str = "") -> dict[str, Any]:
 
     import torch
 
+    from tunesmith.model import native
+
     versions = {}
     for package in ("tunesmith", "torch", "transformers", "peft", "tokenizers", "numpy"):
         try:
@@ -86,7 +88,8 @@ def environment(device: str = "") -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    place = {"device": device or ("cuda" if gpu else "cpu"), **({"gpu": gpu} if gpu else {}), "threads": torch.get_num_threads()}
+    place: dict[str, Any] = {"device": device or ("cuda" if gpu else "cpu"), **({"gpu": gpu} if gpu else {})}
+    place |= {"threads": torch.get_num_threads(), "native": "compiled" if native.kernels(torch.float32) else "off"}
     return {"python": platform.python_version(), **versions, **place, "system": f"{platform.system()} {platform.machine()}"}
 
 

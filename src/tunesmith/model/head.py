@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.model import gradients
+from tunesmith.model.layer_ops import compiled
 
 TILE_BYTES = 32 << 20  # of logits in the dtype of the products
 GPU_TILE_BYTES = 256 << 20
@@ -147,6 +148,10 @@ class _Tile:
             torch.mm(h, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, h, self.weight.t(), out=logits)
+        fast = compiled(logits.dtype, logits, targets, logp) if self.form == HeadForm() else None
+        if fast is not None and logp.dtype == torch.float32:
+            fast.soften(logits, targets, logp, slope)
+            return logits
         for a in range(0, len(h), self._strip):
             b = min(a + self._strip, len(h))
             self._soften(logits[a:b], targets[a:b, None], logp[a:b], slope)

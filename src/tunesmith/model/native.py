@@ -39,6 +39,7 @@ _SIGNATURES = {
     "gate": "PPPNNN",
     "gate_backward": "PPPPPN",
     "turn": "PPPPPNN",
+    "soften": "PPPNNN",
     "product": "PPPNNPP",
     "turn_rows": "PPPPPFNNNN",
 }
@@ -105,6 +106,10 @@ class Kernels:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def soften(self, logits: Tensor, targets: Tensor, logp: Tensor, slope: bool) -> None:
+        """Log-probabilities [N] (fp32) of targets [N] from logits [N, V] in T; with `slope`, one-hot minus softmax in their place."""
+        self._calls["soften"](logits.data_ptr(), targets.data_ptr(), logp.data_ptr(), slope, *_rows(logits), torch.get_num_threads())
 
     def turn_rows(
         self, joined: Tensor, rotary: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None, eps: float, heads: int, keys: int
@@ -182,7 +187,7 @@ def _multiplier(kind: str) -> Multiply | None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled file, made now if this machine has none of this source yet."""
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which(os.environ.get("CXX") or "g++")  # whose OpenMP is PyTorch's: two of them would fight for the cores
     if sys.platform != "linux" or compiler is None:
         logger.info("no C++ compiler (g++) is found: elementwise passes go through PyTorch's operations, which is slower")
         return None

@@ -79,6 +79,37 @@ void turn(const T* from, const int64_t* index, const T* cos, const T* sin, T* to
     for (int64_t row = 0; row < rows; row++) turn_head(from + index[row] * width, cos + row * width, sin + row * width, to + row * width, width);
 }
 
+// Log-probabilities of the targets, and where `slope` is wanted, in place of the logits, one-hot minus softmax.
+template <class T>
+void soften(T* logits, const int64_t* targets, float* logp, int64_t slope, int64_t rows, int64_t width, int threads) {
+    const int64_t whole = width / L * L, left = width - whole, block = 64 * L;
+#pragma omp parallel for num_threads(crew(threads, 4 * rows * width)) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        T* at = logits + row * width;
+        const float lowest = -std::numeric_limits<float>::infinity();
+        float tail[L];
+        for (int64_t i = 0; i < L; i++) tail[i] = i < left ? wide(at[whole + i]) : lowest;
+        Vec most = load(tail);
+        for (int64_t i = 0; i < whole; i += L) {
+            Vec next = load(at + i);
+            most = next > most ? next : most;
+        }
+        const float top = most_of(most);
+        double total = sum_of(exponential(load(tail) - top));
+        for (int64_t first = 0; first < whole; first += block) {  // in parts, so that small terms are not lost in a large sum
+            Vec sum{};
+            for (int64_t i = first; i < std::min(whole, first + block); i += L) sum += exponential(load(at + i) - top);
+            total += sum_of(sum);
+        }
+        const float target = wide(at[targets[row]]), times = float(-1.0 / total);
+        logp[row] = float(double(target) - top - std::log(total));
+        if (!slope) continue;
+        for (int64_t i = 0; i < whole; i += L) store(at + i, exponential(load(at + i) - top) * times);
+        if (left) store(at + whole, exponential(load(tail) - top) * times, left);
+        at[targets[row]] = narrow<T>(1.0f + float(std::exp(double(target) - top)) * times);
+    }
+}
+
 }  // namespace
 
 #define EACH(T, NAME)                                                                                                                 \
@@ -99,6 +130,10 @@ void turn(const T* from, const int64_t* index, const T* cos, const T* sin, T* to
     extern "C" void turn_##NAME(const T* from, const int64_t* index, const T* cos, const T* sin, T* to, int64_t rows, int64_t width,  \
                                 int threads) {                                                                                        \
         turn<T>(from, index, cos, sin, to, rows, width, threads);                                                                     \
+    }                                                                                                                                 \
+    extern "C" void soften_##NAME(T* logits, const int64_t* targets, float* logp, int64_t slope, int64_t rows, int64_t width,         \
+                                  int threads) {                                                                                      \
+        soften<T>(logits, targets, logp, slope, rows, width, threads);                                                                \
     }
 
 EACH(float, float32)

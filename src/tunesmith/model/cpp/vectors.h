@@ -21,6 +21,15 @@ struct bf16 {
     uint16_t bits;
 };
 
+inline float wide(float value) { return value; }
+
+inline float wide(bf16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
 inline Vec all(float value) { return Vec{} + value; }
 
 template <class To, class From>
@@ -70,6 +79,13 @@ inline void store(T* to, Vec value, int64_t count) {
     T part[L];
     store(part, value);
     std::memcpy(to, part, count * sizeof(T));
+}
+
+template <class T>
+inline T narrow(float value) {
+    T out;
+    store(&out, all(value), 1);
+    return out;
 }
 
 template <class T>
