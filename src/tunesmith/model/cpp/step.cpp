@@ -10,8 +10,8 @@
 namespace {
 
 constexpr int64_t B = 64;     // outputs of a block
-constexpr int64_t ROWS = 64;  // rows that are multiplied at once
-constexpr int64_t PARTS = 8;  // so often one after the other
+constexpr int64_t ROWS = 128;  // rows that are multiplied at once
+constexpr int64_t PARTS = 4;   // so often one after the other
 
 typedef void (*Multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a, const void* b,
                          void* c, bool paired);
