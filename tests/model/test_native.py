@@ -352,17 +352,17 @@ def test_a_compiler_that_fails_is_told_of_and_leaves_nothing(tmp_path: Any) -> N
     compiler = tmp_path / "broken"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no such header" >&2; exit 1; }\n')
     compiler.chmod(0o755)
-    out = alone(ASK, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    out = alone(ASK, CXX=str(compiler), TUNESMITH_CACHE=str(tmp_path))
     assert "cannot be used" in out
     assert "no such header" in out
     assert "True" in out
-    assert list((tmp_path / "cache" / "tunesmith").iterdir()) == []
+    assert list((tmp_path / "native").iterdir()) == []
 
 
 def test_it_is_compiled_once(tmp_path: Any) -> None:
-    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    cache = {"TUNESMITH_CACHE": str(tmp_path)}
     assert alone(ASK, **cache) == "False\n"
-    (made,) = (tmp_path / "tunesmith").iterdir()
+    (made,) = (tmp_path / "native").iterdir()
     before = made.stat().st_mtime_ns
     assert alone(ASK, **cache) == "False\n"
     assert made.stat().st_mtime_ns == before

@@ -17,6 +17,12 @@ from tunesmith.core.errors import CapacityError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: $TUNESMITH_CACHE, or ~/.cache/tunesmith."""
+    given = os.environ.get("TUNESMITH_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "tunesmith"
+
+
 @contextlib.contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """A folder to fill beside `final`; it takes the final name only when the block ends well.

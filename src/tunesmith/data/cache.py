@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.files import atomic_folder, file_hash, read_json, write_json
+from tunesmith.core.files import atomic_folder, cache_folder, file_hash, read_json, write_json
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Message, Prompt, ToolCall, Wanted, content_hash
@@ -32,8 +31,7 @@ class Stored:
 
 def root() -> Path:
     """$TUNESMITH_CACHE/tokens, or ~/.cache/tunesmith/tokens."""
-    given = os.environ.get("TUNESMITH_CACHE")
-    return (Path(given) if given else Path.home() / ".cache" / "tunesmith") / "tokens"
+    return cache_folder() / "tokens"
 
 
 def cache_key(recipe: Recipe, tokenizer: Any, template: str, prompts: int, wanted: Wanted | None = None) -> str:

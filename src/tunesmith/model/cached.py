@@ -208,13 +208,13 @@ class Feed(abc.ABC):
         """Attention of the new tokens [N, H, D] over their rows, with keys and values [N, K, D] put into the cache first: [N, H, D]."""
 
     def of_module(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, marker: Tensor | None, sliding: int | None, form: Form
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, marker: Tensor | None, sliding: int | None, form: Form
     ) -> Tensor:
         """The same for the attention function of a transformers layer: [1, H, N, D] and [1, K, N, D] to [1, N, H, D]."""
         window = window_of(marker, sliding, self)
         form = Form(form.scale, window, 0.0, form.softcap, form.sinks)
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-        return self.attend(int(module.layer_idx), q, k, v, form, module)[None]  # type: ignore[arg-type]
+        return self.attend(int(module.layer_idx), q, k, v, form, module)[None]
 
 
 class Prompts(Feed):

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,17 +41,17 @@ class Area:
 
     def __init__(self) -> None:
         self._slab: _Slab | None = None
+        self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor as `torch.empty` makes it."""
         size = math.prod(shape) * dtype.itemsize
         if size > SLAB // 4:
-            slab = _Slab(-(-size // PAGE) * PAGE)
-        else:
+            return _Slab(-(-size // PAGE) * PAGE).take(size).view(dtype).view(*shape)
+        with self._lock:
             if self._slab is None or self._slab.at + size > self._slab.end:
                 self._slab = _Slab(SLAB)
-            slab = self._slab
-        return slab.take(size).view(dtype).view(*shape)
+            return self._slab.take(size).view(dtype).view(*shape)
 
 
 WEIGHTS = Area()

@@ -23,13 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.core.files import cache_folder
 from tunesmith.core.log import logger
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = (
-    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-Wno-psabi", "-fPIC",
-    "-shared",
-)  # fmt: skip
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-Wno-psabi",
+    "-fPIC",
+)
 SECONDS = 300  # that the compiler may take
 
 # P pointers, N counts, F floats in the order of the functions in cpp; the number of threads follows.
@@ -187,20 +195,20 @@ def _multiplier(kind: str) -> Multiply | None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled file, made now if this machine has none of this source yet."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")  # whose OpenMP is PyTorch's: two of them would fight for the cores
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
     if sys.platform != "linux" or compiler is None:
         logger.info("no C++ compiler (g++) is found: elementwise passes go through PyTorch's operations, which is slower")
         return None
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
     try:
+        folder = cache_folder() / "native"
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
         sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
         known = [*sources, version, " ".join(FLAGS).encode(), torch.__version__.encode(), _processor()]
-        place = folder / f"native-{hashlib.sha256(b'|'.join(known)).hexdigest()[:16]}.so"
+        place = folder / f"{hashlib.sha256(b'|'.join(known)).hexdigest()[:16]}.so"
         if not place.exists():
             _compile(compiler, place)
         return ctypes.CDLL(str(place))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody knows a home folder
         output = getattr(error, "stderr", None) or b""
         said = " ".join((output.decode(errors="replace") or str(error)).split())[:300]
         logger.warning("our compiled functions cannot be used, PyTorch's operations take their place, which is slower: %s", said)
@@ -208,16 +216,18 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: str, place: Path) -> None:
-    """To a name of its own first: other processes may be doing the same, and none of them finds half a file."""
+    """In a folder of its own first: other processes may be doing the same, and none of them finds half a file."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=place.parent)
-    os.close(handle)
-    try:
-        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-        subprocess.run([compiler, *FLAGS, *sources, "-o", name], capture_output=True, check=True, timeout=SECONDS)
-        Path(name).replace(place)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        parts = [(path, Path(folder) / f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))]
+        commands = [[compiler, *FLAGS, "-c", str(path), "-o", str(part)] for path, part in parts]
+        # The OpenMP that PyTorch brings, under whatever name: with another one beside it two teams of threads would fight for the cores.
+        openmp = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
+        made = Path(folder) / place.name
+        commands.append([compiler, "-shared", *(str(part) for _, part in parts), *openmp, "-o", str(made)])
+        for command in commands:
+            subprocess.run(command, capture_output=True, check=True, timeout=SECONDS)
+        made.replace(place)
 
 
 def _processor() -> bytes:

@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.core.errors import CapacityError, ModelError, RecipeError
-from tunesmith.core.files import atomic_folder, file_hash, write_text
+from tunesmith.core.files import atomic_folder, cache_folder, file_hash, write_text
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Tokens, content_hash
-from tunesmith.data import cache
 from tunesmith.data.dataset import TokenSet
 from tunesmith.data.pack import pack
 from tunesmith.evals.likelihood import quiet
@@ -86,7 +85,7 @@ class References:
     def _path(self, rows: TokenSet) -> Path | None:
         if not self._recipe.reference.cache:
             return None
-        return cache.root().parent / "reference" / f"{content_hash({**self._key, 'rows': rows.hash})}"
+        return cache_folder() / "reference" / f"{content_hash({**self._key, 'rows': rows.hash})}"
 
     @contextlib.contextmanager
     def _model(self) -> Iterator[Policy]:

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t B = 64;     // outputs of a block
+constexpr int64_t B = 64;      // outputs of a block
 constexpr int64_t ROWS = 128;  // rows that are multiplied at once
 constexpr int64_t PARTS = 4;   // so often one after the other
 
@@ -75,39 +75,39 @@ inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t 
     return out;
 }
 
-// Blocks of a product shared among the threads that are here: out(row, column, values, how many of them count).
+// Blocks of a product shared among the threads that are here, nobody waits for the others: out(row, column, values, how many of them count).
 template <class T, class Out>
 void multiply(const Product& product, Input input, int64_t rows, Multiply call, const Lora* lora, const int64_t* places, const float* small,
               Out out) {
     alignas(64) float room[ROWS * B];
     const int64_t k = product.inputs, half = product.outputs / 2, each_input = product.scale ? 1 : sizeof(T);
     const int64_t blocks = (product.outputs + B - 1) / B, parts = (rows + ROWS - 1) / ROWS;
-    for (int64_t group = 0; group < parts; group += PARTS)  // rows that stay in the cache while the weights pass by
+    for (int64_t group = 0; group < parts; group += PARTS) {  // rows that stay in the cache while the weights pass by
 #pragma omp for schedule(static) collapse(2) nowait
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t part = group; part < std::min(parts, group + PARTS); part++) {
-            const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
-            call(count, B, k, k, B, B, false, static_cast<const char*>(input.data) + first * k * each_input,
-                 static_cast<const char*>(product.weight) + block * B * k * each_input, room, product.scale || sizeof(T) == 2);
-            for (int64_t r = 0; r < count; r++)
-                for (int64_t i = 0; i < B; i += L) {
-                    int64_t column = block * B + i, left = product.outputs - column;
-                    if (product.gated) column = block * B / 2 + (i < B / 2 ? i : half + i - B / 2), left = L;
-                    if (left <= 0) break;
-                    Vec value = load(room + r * B + i);
-                    if (product.scale) {
-                        Ints whole;
-                        std::memcpy(&whole, room + r * B + i, sizeof(whole));
-                        Ints shift;
-                        std::memcpy(&shift, product.shift + column, sizeof(shift));
-                        value = __builtin_convertvector(whole - shift, Vec) * load(product.scale + column) * input.scale[first + r];
+                const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
+                call(count, B, k, k, B, B, false, static_cast<const char*>(input.data) + first * k * each_input,
+                     static_cast<const char*>(product.weight) + block * B * k * each_input, room, product.scale || sizeof(T) == 2);
+                for (int64_t r = 0; r < count; r++)
+                    for (int64_t i = 0; i < B; i += L) {
+                        int64_t column = block * B + i, left = product.outputs - column;
+                        if (product.gated) column = block * B / 2 + (i < B / 2 ? i : half + i - B / 2), left = L;
+                        if (left <= 0) break;
+                        Vec value = load(room + r * B + i);
+                        if (product.scale) {
+                            Ints whole, shift;
+                            std::memcpy(&whole, room + r * B + i, sizeof(whole));
+                            std::memcpy(&shift, product.shift + column, sizeof(shift));
+                            value = __builtin_convertvector(whole - shift, Vec) * load(product.scale + column) * input.scale[first + r];
+                        }
+                        if (product.bias) value += load(product.bias + column);
+                        if (lora && lora->a && places[first + r] >= 0)
+                            value += adapted<T>(*lora, places[first + r], small + (first + r) * lora->ranks, column);
+                        out(first + r, column, value, left);
                     }
-                    if (product.bias) value += load(product.bias + column);
-                    if (lora && lora->a && places[first + r] >= 0)
-                        value += adapted<T>(*lora, places[first + r], small + (first + r) * lora->ranks, column);
-                    out(first + r, column, value, left);
-                }
-        }
+            }
+    }
 }
 
 template <class T>
