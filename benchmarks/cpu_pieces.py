@@ -1,8 +1,9 @@
 """The single operations behind our choices on a CPU, timed alone: best of some repetitions, in milliseconds.
 
 Attention of packed documents against PyTorch's own one document at a time (forward and backward, bf16, 9 query and 3 key heads of
-64), with glibc keeping freed memory or not; an addition in fp32 and bf16; RMSNorm by plain operations and by PyTorch's function;
-products with weights as they are, packed by oneDNN, and in int8.
+64), with glibc keeping freed memory or not; an addition in fp32 and bf16; norms, gates and log-probabilities by our compiled functions
+and by PyTorch's operations; products with weights as they are, packed by oneDNN, and in int8; a sampling step of 32 rows with 164 tokens
+each on the shape of SmolLM2-135M in one compiled function and by PyTorch's operations, and its products alone in large and small pages.
 Usage: python benchmarks/cpu_pieces.py [--default-malloc] [--out records/NAME.json]
 """
 
@@ -13,15 +14,24 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.core.recipe import Fast
+from tunesmith.model import huge_pages, native
 from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.bucket_attention import bucket_attention
-from tunesmith.model.layer_ops import rms_norm
+from tunesmith.model.cached import Cache, NextTokens
+from tunesmith.model.head import HeadForm, token_logprobs
+from tunesmith.model.layer_ops import gate, gate_backward, rms_norm, rms_norm_backward
 from tunesmith.model.layout import Layout
+from tunesmith.model.next_token import NextToken
+from tunesmith.model.policy import Policy
+from tunesmith.model.probe import settle
+from tunesmith.model.products import Blocked
 
 REPEATS = 15
 
@@ -82,9 +92,73 @@ def elementwise() -> dict[str, float]:
     return {
         "addition fp32": best(lambda: wide + wide),
         "addition bf16": best(lambda: narrow + narrow),
-        "RMSNorm, plain operations": best(lambda: rms_norm(wide, weight, 1e-5)),
         "RMSNorm, PyTorch's function": best(lambda: F.rms_norm(wide, (576,), weight, 1e-5)),
     }
+
+
+def compiled() -> dict[str, dict[str, float]]:
+    """Our functions and PyTorch's operations: norm [1024, 576], gate [1024, 1536], log-probabilities [128, 49152] with their gradients."""
+    x, weight, dy = torch.randn(1024, 576), torch.ones(576).bfloat16(), torch.randn(1024, 576).bfloat16()
+    _, unit, inverse = rms_norm(x, weight, 1e-5)
+    inner, up, d = (torch.randn(1024, 1536).bfloat16() for _ in range(3))
+    hidden, head = torch.randn(128, 576).bfloat16().requires_grad_(), torch.randn(49152, 576).bfloat16()
+    targets = torch.randint(0, 49152, (128,))
+    works = {
+        "norm": lambda: rms_norm(x, weight, 1e-5),
+        "norm's gradient": lambda: rms_norm_backward(dy, unit, inverse, weight, False),
+        "gate": lambda: gate(inner, up),
+        "gate's gradient": lambda: gate_backward(d, inner, up),
+        "log-probabilities": lambda: token_logprobs(hidden, head, None, targets, HeadForm(), torch.bfloat16),
+    }
+    found: dict[str, dict[str, float]] = {name: {} for name in works}
+    for on in (True, False):
+        with native.switched(on):
+            for name, work in works.items():
+                found[name]["compiled" if on else "PyTorch's operations"] = best(work)
+    return found
+
+
+def step() -> dict[str, float]:
+    """A token more for 32 rows that have 164 each: all layers, norm and head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    policy = Policy(LlamaForCausalLM(shape).to(torch.bfloat16).eval().requires_grad_(False), torch.bfloat16)
+    settle(policy, Fast())
+    found = {}
+    for name, on, int8 in (("bf16", True, False), ("int8", True, True), ("bf16, PyTorch's operations", False, False)):
+        cache, tokens = Cache(), dict.fromkeys(range(32), (7, 163))
+        for row in tokens:
+            cache.add(row, 164)
+
+        one = NextToken(policy, int8=int8)
+
+        def once(cache: Cache = cache, tokens: dict[int, tuple[int, int]] = tokens, one: NextToken = one) -> None:
+            feed = NextTokens(cache, tokens, policy.device)
+            one.logits(feed, feed.last)
+
+        with native.switched(on), one.ready():
+            once()  # makes ready what each layer reads
+            found[name] = best(once)
+        one.forget()
+    return found
+
+
+def pages() -> dict[str, float]:
+    """The products of a step for 32 rows, one after the other, in large pages and in pages of 4 kB; gigabytes of weights a second."""
+    shapes = [(960, 576), (576, 576), (3072, 576), (576, 1536)] * 30 + [(49152, 576)]
+    rows = {width: torch.randn(32, width).bfloat16() for width in (576, 1536)}
+    size = sum(2 * outputs * inputs for outputs, inputs in shapes) / 1e6
+    found = {}
+    for name, advise in (("large", huge_pages.advise), ("small", lambda *_: 0)):
+        huge_pages.WEIGHTS = huge_pages.Area()
+        with mock.patch.object(huge_pages, "advise", advise):
+            ways = [Blocked([torch.randn(*shape).bfloat16()], None, torch.bfloat16) for shape in shapes]
+        found[name] = round(size / best(lambda ways=ways: [way(rows[way.inputs]) for way in ways]), 1)  # type: ignore[misc]
+    return found
 
 
 def main() -> None:
@@ -101,6 +175,9 @@ def main() -> None:
         **{f"attention {name}": attention(lengths) for name, lengths in (("1024", [1024]), ("2048", [2048]), ("4 x 256", [256] * 4))},
         "products": products(),
         "elementwise": elementwise(),
+        "compiled functions": compiled(),
+        "a sampling step": step(),
+        "gigabytes a second": pages(),
     }
     print(json.dumps(found, indent=2))
     if words.out:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from tunesmith.model import native
 from tunesmith.model.attention import Form
 from tunesmith.model.cached import Feed
 from tunesmith.model.layer_ops import compiled, gate, rms_norm, wide
-from tunesmith.model.products import Blocked, Way
+from tunesmith.model.products import Blocked, RowAdapters, Way
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -26,7 +26,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 class Part:
     """Projections on one input: their paths in the model, their product, where each one's outputs stand, and the layer's own adapter.
 
-    Of the adapter A is joined; B stands with the part of the joined ranks that it reads.
+    Of the adapter A is joined; B^T [r, outputs] stands with its outputs and the part of the joined ranks that it reads.
     """
 
     spans: dict[str, slice]
@@ -35,14 +35,46 @@ class Part:
     b: tuple[tuple[slice, slice, Tensor], ...] = ()
 
     def __call__(self, x: Tensor, feed: Feed) -> Tensor:
+        if isinstance(self.product, Blocked) and (adapters := self._adapters(len(x), feed)) is not False:
+            return self.product.run(x, adapters=adapters)
         y = self.product(x)
         if self.a is not None:
             small = x.to(self.a.dtype) @ self.a.t()
             for span, rank, b in self.b:
-                y[:, span] += small[:, rank] @ b.t()
+                y[:, span] += small[:, rank] @ b
         if feed.mix is not None:
             feed.mix.add(self.spans, x, y)
         return y
+
+    def active(self, x: Tensor, feed: Feed) -> Tensor:
+        """silu(first layer's) * second layer's outputs [N, O / 2] of two layers."""
+        way = self.product
+        if isinstance(way, Blocked) and way.gated and (adapters := self._adapters(len(x), feed)) is not False:
+            return way.run(x, native.ACTIVE, adapters)
+        inner = self(x, feed)
+        half = inner.shape[1] // 2
+        return gate(inner[:, :half], inner[:, half:])
+
+    def _adapters(self, rows: int, feed: Feed) -> tuple[RowAdapters, Tensor] | Literal[False] | None:
+        """What our compiled product reads of the adapters; None where there are none, False where it cannot read them."""
+        stack = None if feed.mix is None else feed.mix.stack(tuple(self.spans))
+        first = stack.a if stack is not None else self.a
+        if first is None:
+            return None
+        assert isinstance(self.product, Blocked)
+        if (stack is not None and self.a is not None) or first.dtype != self.product.dtype or first.shape[-1] % 16 or not self.even:
+            return False
+        lora = RowAdapters()
+        if stack is None:
+            lora.fill(first, [(rank, b, span) for span, rank, b in self.b])
+            return lora, torch.zeros(rows, dtype=torch.int64)
+        lora.fill(first, [(rank, b, self.spans[path]) for path, (rank, b) in stack.b.items()])
+        return lora, feed.mix.places
+
+    @property
+    def even(self) -> bool:
+        """Whether every layer's outputs fill whole vectors of the compiled functions."""
+        return all(span.start % 16 == span.stop % 16 == 0 for span in self.spans.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +107,7 @@ def forward(x: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], 
     attended = _attend(ready.attention(h, feed), ready, feed, rotary, window)
     x = x + ready.output(attended, feed)
     h, _, _ = rms_norm(x, ready.second_norm, ready.eps)
-    way = ready.inner.product
-    if isinstance(way, Blocked) and way.gated and ready.inner.a is None and feed.mix is None:
-        active = way.active(h)
-    else:
-        inner = ready.inner(h, feed)
-        half = inner.shape[1] // 2
-        active = gate(inner[:, :half], inner[:, half:])
-    return x.add_(ready.down(active, feed))
+    return x.add_(ready.down(ready.inner.active(h, feed), feed))
 
 
 def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:

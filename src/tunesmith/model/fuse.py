@@ -264,9 +264,8 @@ def _part(layer: Any, names: tuple[str, ...], linears: dict[str, tuple[nn.Linear
         return Part(spans, way)
     of = fused.copies.of
     ranks = cached_layer.spans_of([str(i) for i in range(len(adapted))], [len(factors.a) for _, factors in adapted])
-    seconds = tuple(
-        (span, rank, of(factors.b, fused.dtype, factors.scale)) for (span, factors), rank in zip(adapted, ranks.values(), strict=True)
-    )
+    turned = [of(factors.b, fused.dtype, factors.scale).t().contiguous() for _, factors in adapted]
+    seconds = tuple((span, rank, b) for (span, _), rank, b in zip(adapted, ranks.values(), turned, strict=True))
     return Part(spans, way, torch.cat([of(factors.a, fused.dtype) for _, factors in adapted]), seconds)
 
 

@@ -48,7 +48,7 @@ _SIGNATURES = {
     "gate_backward": "PPPPPN",
     "turn": "PPPPPNN",
     "soften": "PPPNNN",
-    "product": "PPPNNPP",
+    "product": "PPPNNPPPP",
     "turn_rows": "PPPPPFNNNN",
 }
 _KINDS: dict[str, Any] = {"P": ctypes.c_void_p, "N": ctypes.c_int64, "F": ctypes.c_float}
@@ -130,12 +130,24 @@ class Kernels:
             torch.get_num_threads(),
         )  # fmt: skip
 
-    def product(self, product: ctypes.Structure, x: Tensor, out: Tensor, multiply: Multiply, kind: int) -> None:
+    def product(
+        self,
+        product: ctypes.Structure,
+        x: Tensor,
+        out: Tensor,
+        multiply: Multiply,
+        kind: int,
+        lora: ctypes.Structure | None,
+        places: Tensor | None,
+    ) -> None:
         """x W^T + bias for a Product of cpp/step.cpp from x [N, inputs] in T: NARROW [N, outputs] in T, WIDE the same in fp32.
 
-        ACTIVE: silu(first half) * second half [N, outputs / 2] in T, of a gated one.
+        ACTIVE: silu(first half) * second half [N, outputs / 2] in T, of a gated one. `lora` and `places` [N]: the rows' adapters.
         """
-        self._calls["product"](ctypes.addressof(product), x.data_ptr(), out.data_ptr(), kind, len(x), *multiply, torch.get_num_threads())
+        added = None if lora is None else ctypes.addressof(lora)
+        self._calls["product"](
+            ctypes.addressof(product), x.data_ptr(), out.data_ptr(), kind, len(x), added, at(places), *multiply, torch.get_num_threads()
+        )
 
     def step(self, step: ctypes.Structure) -> None:
         """All layers over one new token of every row, as a Step of cpp/step.cpp says."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import RecipeError
-from tunesmith.model import attention, fuse, reward
+from tunesmith.model import attention, fuse, native, reward
 from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
 from tunesmith.model.memory import free_bytes
 from tunesmith.model.policy import Policy
@@ -77,7 +77,7 @@ class NextToken:
             states = states.index_select(0, rows)
         with torch.autocast(policy.device.type, enabled=False):
             head = self._head_of(states.dtype)
-            logits = head.wide(states) if isinstance(head, Blocked) else head(states).float()
+            logits = head.run(states, native.WIDE) if isinstance(head, Blocked) else head(states).float()
         if policy.head_form.scale != 1.0:
             logits.mul_(policy.head_form.scale)
         if policy.head_form.cap is not None:

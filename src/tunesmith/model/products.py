@@ -82,6 +82,22 @@ class BlockedProduct(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Span(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p if name == "b" else ctypes.c_int64) for name in ("b", "first", "rank", "column", "columns"))
+
+
+class RowAdapters(ctypes.Structure):
+    """What cpp/step.cpp calls a Lora: the rows' adapters on one input."""
+
+    _fields_ = (("a", ctypes.c_void_p), ("ranks", ctypes.c_int64), ("spans", ctypes.c_int64), ("span", _Span * 3))
+
+    def fill(self, a: Tensor, seconds: Sequence[tuple[slice, Tensor, slice]]) -> None:
+        """A [.., ranks, inputs]; for every layer on this input the ranks that it reads, B^T [.., rank, outputs], and its columns."""
+        self.a, self.ranks, self.spans = a.data_ptr(), a.shape[-2], len(seconds)
+        for number, (rank, b, span) in enumerate(seconds):
+            self.span[number] = _Span(b.data_ptr(), rank.start, b.shape[-2], span.start, span.stop - span.start)
+
+
 class Blocked:
     """Weights in blocks of 64 outputs, as our compiled functions read them; with `int8` both sides are rounded as in `Int8`.
 
@@ -131,21 +147,18 @@ class Blocked:
         )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._run(x, self.outputs, self.dtype, native.NARROW)
+        return self.run(x)
 
-    def wide(self, x: Tensor) -> Tensor:
-        """The result, rounded as it is, in fp32."""
-        return self._run(x, self.outputs, torch.float32, native.WIDE)
+    def run(self, x: Tensor, kind: int = native.NARROW, adapters: tuple[RowAdapters, Tensor] | None = None) -> Tensor:
+        """NARROW; WIDE: the same values in fp32; ACTIVE: of a gated product silu(first layer's) * second layer's outputs [N, O / 2].
 
-    def active(self, x: Tensor) -> Tensor:
-        """silu(first layer's) * second layer's outputs [N, O / 2], of a gated product."""
-        assert self.gated
-        return self._run(x, self.outputs // 2, self.dtype, native.ACTIVE)
-
-    def _run(self, x: Tensor, width: int, dtype: torch.dtype, kind: int) -> Tensor:
-        kernels, out = native.kernels(self.dtype), torch.empty(len(x), width, dtype=dtype)
+        `adapters`: what the rows' adapters add, and the place [N] of each row's among them (-1: none).
+        """
+        kernels, dtype = native.kernels(self.dtype), torch.float32 if kind == native.WIDE else self.dtype
         assert kernels is not None
-        kernels.product(self.structure, x.to(self.dtype).contiguous(), out, self.multiply, kind)
+        assert self.gated or kind != native.ACTIVE
+        out = torch.empty(len(x), self.outputs // 2 if kind == native.ACTIVE else self.outputs, dtype=dtype)
+        kernels.product(self.structure, x.to(self.dtype).contiguous(), out, self.multiply, kind, *(adapters or (None, None)))
         return out
 
 

@@ -16,25 +16,17 @@ from torch import Tensor
 from tunesmith.model import native
 from tunesmith.model.cached import NextTokens
 from tunesmith.model.cached_layer import Ready
-from tunesmith.model.products import Blocked, BlockedProduct
+from tunesmith.model.products import Blocked, BlockedProduct, RowAdapters
 
 MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class _Span(ctypes.Structure):
-    _fields_ = (("b", _P), ("first", _N), ("rank", _N), ("column", _N), ("columns", _N))
-
-
-class _Lora(ctypes.Structure):
-    _fields_ = (("a", _P), ("ranks", _N), ("spans", _N), ("span", _Span * 3))
-
-
 class _Layer(ctypes.Structure):
     _fields_ = (
-        ("product", BlockedProduct * 4), ("lora", _Lora * 4), ("first_norm", _P), ("second_norm", _P), ("query_norm", _P), ("key_norm", _P),
-        ("cos", _P), ("sin", _P), ("window", _N), ("eps", _F), ("scale", _F),
+        ("product", BlockedProduct * 4), ("lora", RowAdapters * 4), ("first_norm", _P), ("second_norm", _P), ("query_norm", _P),
+        ("key_norm", _P), ("cos", _P), ("sin", _P), ("window", _N), ("eps", _F), ("scale", _F),
     )  # fmt: skip
 
 
@@ -57,7 +49,6 @@ class WholeStep:
         self.layers = list(layers)
         self._layers = (_Layer * len(layers))()
         self._stacks: list[Any] = []
-        self._held: list[Tensor] = []
         self._own = any(part.a is not None for ready in layers for part in ready.parts)
         for ready, layer in zip(layers, self._layers, strict=True):
             layer.first_norm, layer.second_norm = ready.first_norm.data_ptr(), ready.second_norm.data_ptr()
@@ -67,9 +58,7 @@ class WholeStep:
                 assert isinstance(part.product, Blocked)
                 layer.product[place] = part.product.structure
                 if part.a is not None:
-                    seconds = [(rank, b.t().contiguous(), span) for span, rank, b in part.b]
-                    self._held += [part.a, *(b for _, b, _ in seconds)]
-                    _fill(layer.lora[place], part.a, seconds)
+                    layer.lora[place].fill(part.a, [(rank, b, span) for span, rank, b in part.b])
 
     @staticmethod
     def can(layers: Sequence[Ready]) -> bool:
@@ -79,7 +68,7 @@ class WholeStep:
             and all(
                 isinstance(part.product, Blocked) and part.product.inputs % 16 == part.product.outputs % 16 == 0 for part in ready.parts
             )
-            and all(part.a is None or part.a.dtype == ready.dtype for part in ready.parts)
+            and all(part.even and (part.a is None or part.a.dtype == ready.dtype) for part in ready.parts)
             and isinstance(ready.inner.product, Blocked)
             and ready.inner.product.gated
             and _width(ready) in native.HEAD_WIDTHS
@@ -129,15 +118,8 @@ class WholeStep:
                     if stack is None:
                         layer.lora[place].a = None
                     else:
-                        _fill(layer.lora[place], stack.a, [(rank, b, part.spans[path]) for path, (rank, b) in stack.b.items()])
+                        layer.lora[place].fill(stack.a, [(rank, b, part.spans[path]) for path, (rank, b) in stack.b.items()])
         return True
-
-
-def _fill(lora: Any, a: Tensor, seconds: Sequence[tuple[slice, Tensor, slice]]) -> None:
-    """A [.., ranks, inputs]; for every layer on this input the ranks that it reads, B [.., rank, outputs], and its columns."""
-    lora.a, lora.ranks, lora.spans = a.data_ptr(), a.shape[-2], len(seconds)
-    for number, (rank, b, span) in enumerate(seconds):
-        lora.span[number] = _Span(b.data_ptr(), rank.start, b.shape[-2], span.start, span.stop - span.start)
 
 
 def _width(ready: Ready) -> int:

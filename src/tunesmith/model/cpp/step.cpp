@@ -118,18 +118,23 @@ inline void store_some(T* to, Vec value, int64_t count) {
         store(to, value, count);
 }
 
+// Up to sixteen numbers of x A^T, N of them known to be there.
+template <class T, int N>
+inline Vec shrink_some(const T* x, const T* a, int64_t inputs) {
+    Vec sums[L] = {};
+    for (int64_t i = 0; i < inputs; i += L) {
+        Vec value = load(x + i);
+        for (int j = 0; j < N; j++) sums[j] += value * load(a + j * inputs + i);
+    }
+    return sums_of(sums);
+}
+
 // x A^T of one row, rounded as a tensor would be.
 template <class T>
 void shrink(const T* x, const T* a, float* small, int64_t ranks, int64_t inputs) {
-    for (int64_t r = 0; r < ranks; r += L) {
-        const int64_t count = std::min<int64_t>(L, ranks - r);
-        Vec sums[L] = {};
-        for (int64_t i = 0; i < inputs; i += L) {
-            Vec value = load(x + i);
-            for (int64_t j = 0; j < count; j++) sums[j] += value * load(a + (r + j) * inputs + i);
-        }
-        store_some(small + r, rounded<T>(sums_of(sums)), count);
-    }
+    int64_t r = 0;
+    for (; r + L <= ranks; r += L) store(small + r, rounded<T>(shrink_some<T, L>(x, a + r * inputs, inputs)));
+    for (; r < ranks; r++) small[r] = wide(narrow<T>(shrink_some<T, 1>(x, a + r * inputs, inputs)[0]));
 }
 
 // What stands ready before a product: the row in 8 bits, and what its adapter makes of it first.
@@ -297,19 +302,20 @@ enum Kind { NARROW, WIDE, ACTIVE };
 
 // x W^T + bias [rows, outputs]: in T; with the values of T in fp32; or of a gated product silu(first half) * second half, in T.
 template <class T>
-void product(const Product& product, const T* x, void* out, int64_t kind, int64_t rows, Multiply call, Release release, int threads) {
-    Room room({product.scale ? rows * product.inputs : 0, product.scale ? rows * 4 : 0});
+void product(const Product& product, const T* x, void* out, int64_t kind, int64_t rows, const Lora* given, const int64_t* places,
+             Multiply call, Release release, int threads) {
+    const Lora lora = given ? *given : Lora{};
+    Room room({product.scale ? rows * product.inputs : 0, product.scale ? rows * 4 : 0, rows * lora.ranks * 4});
     uint8_t* bytes = room.take<uint8_t>();
-    float* scale = room.take<float>();
+    float *scale = room.take<float>(), *small = room.take<float>();
     const Input input = product.scale ? Input{bytes, scale} : Input{x, nullptr};
     T* narrow = static_cast<T*>(out);
 #pragma omp parallel num_threads(threads)
     {
-        auto run = [&](auto out) { multiply<T>(product, input, rows, call, nullptr, nullptr, nullptr, out); };
-        if (product.scale) {
+        auto run = [&](auto out) { multiply<T>(product, input, rows, call, &lora, places, small, out); };
+        if (product.scale || lora.a) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++)
-                scale[row] = quantise_row(x + row * product.inputs, bytes + row * product.inputs, product.inputs, 128);
+            for (int64_t row = 0; row < rows; row++) prepare(x + row * product.inputs, row, product, lora, places, bytes, scale, small);
         }
         if (kind == NARROW) {
             run([&](int64_t row, int64_t column, Vec value, int64_t left) { store_some(narrow + row * product.outputs + column, value, left); });
@@ -329,9 +335,9 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
 
 #define EACH(T, NAME)                                                                                                                 \
     extern "C" void step_##NAME(const Step* s) { step<T>(*s); }                                                                       \
-    extern "C" void product_##NAME(const Product* p, const T* x, void* out, int64_t kind, int64_t rows, Multiply call,                \
-                                   Release release, int threads) {                                                                    \
-        product<T>(*p, x, out, kind, rows, call, release, threads);                                                                   \
+    extern "C" void product_##NAME(const Product* p, const T* x, void* out, int64_t kind, int64_t rows, const Lora* lora,             \
+                                   const int64_t* places, Multiply call, Release release, int threads) {                              \
+        product<T>(*p, x, out, kind, rows, lora, places, call, release, threads);                                                     \
     }                                                                                                                                 \
     extern "C" void turn_rows_##NAME(T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps,        \
                                      int64_t rows, int64_t queries, int64_t keys, int64_t width, int threads) {                       \
