@@ -114,7 +114,7 @@ def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tens
     """Attention [N, H D] from the product of query, key and value side by side."""
     turned, rows = ready.heads + ready.keys, len(joined)
     width = joined.shape[1] // (turned + ready.keys)
-    fast = compiled(ready.dtype, joined) if width in native.HEAD_WIDTHS else None
+    fast = compiled(ready.dtype, joined) if width in native.HEAD_WIDTHS and rotary[0].shape[-1] == width else None
     if fast is not None:
         fast.turn_rows(joined, rotary, ready.head_norms, ready.eps, ready.heads, ready.keys)
     joined = joined.view(rows, -1, width)

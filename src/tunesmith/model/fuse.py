@@ -6,7 +6,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 class Fused:
     """What a fused layer carries: the dtype of its products, copies of weights in it, whether it is the last, whether it recomputes.
 
-    `path` names the layer in the model. For sampling: whether its products run in int8, and what is made ready at its first call; the
-    first of `layers` may hold what runs them all at once.
+    `path` names the layer in the model. For sampling: whether its products run in int8, what is made ready at its first call, and the
+    window that its masks told; the first of `layers` may hold what runs them all at once (False: nothing can).
     """
 
     dtype: torch.dtype
@@ -43,8 +43,9 @@ class Fused:
     recompute: bool = False
     int8: bool = False
     ready: Ready | None = None
+    reach: int = 0
     layers: list[Any] = field(default_factory=list)
-    whole: WholeStep | None = None
+    whole: WholeStep | Literal[False] | None = None
 
 
 def fuse(model: nn.Module, dtype: torch.dtype, copies: Copies) -> int:
@@ -171,6 +172,8 @@ def _sample(
 ) -> Tensor:
     """The layer over cached rows, or all layers at once: then the first one does the work and the others hand on what they get."""
     fused, window = layer.tunesmith, window_of(marker, getattr(layer.self_attn, "sliding_window", None), feed)
+    assert marker is not None  # or window_of had raised
+    fused.reach = int(marker)
     with torch.autocast("cpu", enabled=False):
         x = hidden_states[0].to(wide(ready.dtype))
         if WHOLE in feed.kept:
@@ -190,9 +193,9 @@ def _at_once(first: Any, x: Tensor, feed: NextTokens, rotary: tuple[Tensor, Tens
         return False
     if fused.whole is None:
         layers = [layer.tunesmith.ready for layer in fused.layers]
-        if not WholeStep.can(layers):
-            return False
-        fused.whole = WholeStep(layers)
+        fused.whole = WholeStep(layers) if WholeStep.can(layers) else False
+    if not fused.whole:
+        return False
     windows = _windows(fused, feed)
     if windows[0] != window or not x.is_contiguous() or not fused.whole.run(x, feed, rotary, windows):
         return False
@@ -201,9 +204,8 @@ def _at_once(first: Any, x: Tensor, feed: NextTokens, rotary: tuple[Tensor, Tens
 
 
 def _windows(fused: Fused, feed: Feed) -> list[int]:
-    """Each layer's window, 0 where no row is longer."""
-    reach = [getattr(layer.self_attn, "sliding_window", None) or 0 for layer in fused.layers]
-    return [window if window < feed.longest else 0 for window in reach]
+    """Each layer's window as its masks told it, 0 where no row is longer."""
+    return [layer.tunesmith.reach if layer.tunesmith.reach < feed.longest else 0 for layer in fused.layers]
 
 
 def states(decoder: Any, feed: NextTokens) -> Tensor | None:
@@ -213,7 +215,7 @@ def states(decoder: Any, feed: NextTokens) -> Tensor | None:
     """
     layers: Any = getattr(decoder, "layers", ())
     fused = layers[0].__dict__.get("tunesmith") if len(layers) else None
-    if fused is None or fused.whole is None or len(layers) != len(fused.layers):
+    if fused is None or not fused.whole or len(layers) != len(fused.layers):
         return None
     x = decoder.embed_tokens(feed.ids[None])
     with torch.autocast("cpu", enabled=False):

@@ -158,7 +158,7 @@ def _to_padded(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[T
 
 def _turn(rows: Tensor, index: Tensor, swapped: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rows moved by `index` and rotated (Su 2021, arXiv:2104.09864): a * cos + (a with its halves exchanged) * signed sin."""
-    if (fast := compiled(rows.dtype, rows)) is not None:
+    if tables[0].shape[1] == rows.shape[1] and (fast := compiled(rows.dtype, rows)) is not None:
         return fast.turn(rows, index, tables)
     width = rows.shape[1]
     half = rows.view(-1, width // 2).index_select(0, swapped).view(-1, width)

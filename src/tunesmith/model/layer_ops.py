@@ -22,8 +22,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def compiled(dtype: torch.dtype, *tensors: Tensor) -> native.Kernels | None:
     """Our compiled functions for this dtype if there are any, and if they can read these tensors."""
-    fast = native.kernels(dtype)
-    return fast if fast is not None and all(t.is_cpu and t.is_contiguous() for t in tensors) else None
+    # First the tensors: nothing is compiled where they are on a GPU.
+    return native.kernels(dtype) if all(t.is_cpu and t.is_contiguous() for t in tensors) else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def rms_norm_backward(dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor,
 
 def gate(inner: Tensor, up: Tensor) -> Tensor:
     """silu(inner) * up (Shazeer 2020, arXiv:2002.05202); [N, I], both of one layout."""
-    if (fast := native.kernels(inner.dtype)) is not None and inner.is_cpu and inner.stride() == up.stride() and inner.stride(1) == 1:
+    if inner.is_cpu and inner.stride() == up.stride() and inner.stride(1) == 1 and (fast := native.kernels(inner.dtype)) is not None:
         return fast.gate(inner, up)
     return torch.nn.functional.silu(inner).mul_(up)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.model import native
 from tunesmith.model.cached import NextTokens
-from tunesmith.model.cached_layer import Ready
+from tunesmith.model.cached_layer import Part, Ready
 from tunesmith.model.products import Blocked, BlockedProduct, RowAdapters
 
 MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
@@ -55,8 +55,7 @@ class WholeStep:
             layer.query_norm, layer.key_norm = (native.at(norm) for norm in ready.head_norms or (None, None))
             layer.eps, layer.scale = ready.eps, ready.scale
             for place, part in enumerate(ready.parts):
-                assert isinstance(part.product, Blocked)
-                layer.product[place] = part.product.structure
+                layer.product[place] = _blocked(part).structure
                 if part.a is not None:
                     layer.lora[place].fill(part.a, [(rank, b, span) for span, rank, b in part.b])
 
@@ -77,10 +76,10 @@ class WholeStep:
         )
 
     def run(self, x: Tensor, feed: NextTokens, rotary: tuple[Tensor, Tensor], windows: Sequence[int]) -> bool:
-        """Put x [N, hidden] in fp32 through all layers, in place; False where these rows' adapters are of another dtype."""
+        """Put x [N, hidden] in fp32 through all layers, in place; False where rotary or these rows' adapters are of another kind."""
         first = self.layers[0]
-        kernels, multiply = native.kernels(first.dtype), first.inner.product.multiply  # type: ignore[attr-defined]
-        if kernels is None or not self._take_adapters(feed):
+        kernels, multiply = native.kernels(first.dtype), _blocked(first.inner).multiply
+        if kernels is None or rotary[0].shape[-1] != _width(first) or not self._take_adapters(feed):
             return False
         like = x.new_empty(0, first.keys, _width(first), dtype=first.dtype)
         pools = (_Pool * len(feed.parts))()
@@ -122,6 +121,10 @@ class WholeStep:
         return True
 
 
+def _blocked(part: Part) -> Blocked:
+    assert isinstance(part.product, Blocked)  # `can` has said so
+    return part.product
+
+
 def _width(ready: Ready) -> int:
-    outputs = ready.attention.product.outputs  # type: ignore[attr-defined]
-    return int(outputs // (ready.heads + 2 * ready.keys))
+    return _blocked(ready.attention).outputs // (ready.heads + 2 * ready.keys)
