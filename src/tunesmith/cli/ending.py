@@ -41,7 +41,7 @@ def guarded(app: typer.Typer, arguments: list[str]) -> int:
         _tell(_usage(error), as_json)
         return WRONG_INPUT
     except (typer.Abort, KeyboardInterrupt):
-        remedy = "run the same command again; training goes on from its last checkpoint"
+        remedy = "run the same command again; a training run goes on from its last checkpoint"
         _tell(TunesmithError("stopped at once", remedy=remedy, code="interrupted"), as_json)
         return INTERRUPTED
     except SystemExit:
