@@ -59,3 +59,15 @@ def test_one_undecided_token_is_rounding_in_bf16_and_nothing_else_is():
     assert not by_rounding([[-0.01] * 30, [-1.2] * 19 + [-2.3]], live, "bf16")
     assert not by_rounding([[float("nan")] * 30, [-1.2] * 20], live, "bf16")
     assert by_rounding([[-0.01] * 30, [-1.0] * 20], live, "bf16")
+
+
+def test_scores_may_move_with_their_size_and_no_further():
+    from tunesmith.training.receipt import by_rounding, tolerance_of
+
+    live = [[7.4], [-7.1], [3.2], [-6.0]]
+    moved = [[7.4], [-6.8], [3.2], [-6.0]]  # as a reward model of the bundled base was read back once
+    assert not by_rounding(moved, live, "bf16")
+    assert by_rounding(moved, live, "bf16", scalar=True)
+    assert not by_rounding([[7.4], [-5.0], [3.9], [-6.0]], live, "bf16", scalar=True)
+    assert not by_rounding(moved, live, "fp32", scalar=True)
+    assert tolerance_of("bf16", [[1.0]], scalar=True) == tolerance_of("bf16", [[1.0]])
