@@ -66,6 +66,7 @@ def test_norms_and_gates_and_their_gradients_are_pytorchs(shape: tuple[int, int]
     dy = normal(*shape, dtype=dtype, seed=2)
     for need in (True, False):
         near(*both(partial(rms_norm_backward, dy, unit, inverse, weight, need)))
+        near(*both(partial(rms_norm_backward, dy, unit, inverse, weight, need, x)))
     inner, up = normal(*shape, dtype=dtype, seed=3) * 8, normal(*shape, dtype=dtype, seed=4)
     near(*both(lambda: gate(inner, up)))
     near(*both(lambda: gate_backward(dy.clone(), inner, up)))

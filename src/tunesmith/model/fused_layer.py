@@ -114,8 +114,7 @@ def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor
         [d_inner, d_up], h, saved.small3, [layers["gate_proj"], layers["up_proj"]], True
     )
     assert dh is not None
-    dx, d_norm2 = rms_norm_backward(dh, saved.unit2, saved.inverse2, plan.second_norm, plan.train_norms)
-    dx.add_(dy)
+    dx, d_norm2 = rms_norm_backward(dh, saved.unit2, saved.inverse2, plan.second_norm, plan.train_norms, dy)
     narrow = dx.to(plan.dtype)
     d_attended, (grads["o_proj"],) = linears_backward([narrow], saved.attended, saved.small2, [layers["o_proj"]], True)
     assert d_attended is not None
@@ -126,8 +125,8 @@ def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor
     )
     if dh is None:
         return None, grads, [None, d_norm2, *d_heads]
-    dx1, d_norm1 = rms_norm_backward(dh, saved.unit1, saved.inverse1, plan.first_norm, plan.train_norms)
-    return dx1.add_(dx), grads, [d_norm1, d_norm2, *d_heads]
+    dx1, d_norm1 = rms_norm_backward(dh, saved.unit1, saved.inverse1, plan.first_norm, plan.train_norms, dx)
+    return dx1, grads, [d_norm1, d_norm2, *d_heads]
 
 
 def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor, LinearGrads]:

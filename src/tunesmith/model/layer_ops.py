@@ -35,15 +35,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Ten
     return unit * weight, unit, inverse
 
 
-def rms_norm_backward(dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor, need_weight: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients with respect to x (wide) and weight (wide, or None): dx = (dy w - unit mean(dy w unit)) / rms."""
-    if (fast := compiled(weight.dtype, dy, unit)) is not None and dy.dtype == weight.dtype:
-        return fast.norm_backward(dy, unit, inverse, weight, need_weight)
+def rms_norm_backward(
+    dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor, need_weight: bool, add: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients with respect to x (wide) and weight (wide, or None): dx = (dy w - unit mean(dy w unit)) / rms, plus `add` (wide)."""
+    others = () if add is None else (add,)
+    if (fast := compiled(weight.dtype, dy, unit, *others)) is not None and dy.dtype == weight.dtype:
+        return fast.norm_backward(dy, unit, inverse, weight, need_weight, add)
     dx, unit = dy.to(inverse.dtype, copy=True), unit.to(inverse.dtype)
     dw = (dx * unit).sum(tuple(range(dx.dim() - 1))) if need_weight else None
     dx.mul_(weight)
     share = (dx * unit).sum(-1, keepdim=True).div_(unit.shape[-1])
-    return dx.addcmul_(unit, share, value=-1).mul_(inverse), dw
+    dx.addcmul_(unit, share, value=-1).mul_(inverse)
+    return dx if add is None else dx.add_(add), dw
 
 
 def gate(inner: Tensor, up: Tensor) -> Tensor:

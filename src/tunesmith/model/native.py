@@ -43,7 +43,7 @@ SECONDS = 300  # that the compiler may take
 # P pointers, N counts, F floats in the order of the functions in cpp; the number of threads follows.
 _SIGNATURES = {
     "norm": "PPFPPPNN",
-    "norm_backward": "PPPPPPNN",
+    "norm_backward": "PPPPPPPNN",
     "gate": "PPPNNN",
     "gate_backward": "PPPPPN",
     "turn": "PPPPPNN",
@@ -82,12 +82,14 @@ class Kernels:
         )  # fmt: skip
         return out, unit, inverse
 
-    def norm_backward(self, dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor, need_weight: bool) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the norm with respect to x [.., E] and the weight [E], in fp32."""
+    def norm_backward(
+        self, dy: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor, need_weight: bool, add: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the norm with respect to x [.., E], `add` in fp32 added to it, and the weight [E], in fp32."""
         dx = torch.empty(dy.shape)
         dw = torch.empty(weight.shape) if need_weight else None
         self._calls["norm_backward"](
-            dy.data_ptr(), unit.data_ptr(), inverse.data_ptr(), weight.data_ptr(), dx.data_ptr(), at(dw), *_rows(dy),
+            dy.data_ptr(), unit.data_ptr(), inverse.data_ptr(), weight.data_ptr(), at(add), dx.data_ptr(), at(dw), *_rows(dy),
             torch.get_num_threads(),
         )  # fmt: skip
         return dx, dw

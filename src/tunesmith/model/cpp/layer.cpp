@@ -19,7 +19,7 @@ void norm(const float* x, const T* weight, float eps, T* out, T* unit, float* in
 }
 
 template <class T>
-void norm_backward(const T* dy, const T* unit, const float* inverse, const T* weight, float* dx, float* d_weight,
+void norm_backward(const T* dy, const T* unit, const float* inverse, const T* weight, const float* add, float* dx, float* d_weight,
                    int64_t rows, int64_t width, int threads) {
     int team = crew(threads, rows * width);
     std::unique_ptr<float[]> parts(d_weight ? new float[team * width]() : nullptr);
@@ -37,7 +37,8 @@ void norm_backward(const T* dy, const T* unit, const float* inverse, const T* we
             });
             float share = sum_of(sum) / float(width);
             each(width, [&](int64_t i, auto read, auto write) {
-                write(dx + row * width + i, (read(d + i) * read(weight + i) - read(u + i) * share) * inverse[row]);
+                Vec one = (read(d + i) * read(weight + i) - read(u + i) * share) * inverse[row];
+                write(dx + row * width + i, add ? one + read(add + row * width + i) : one);
             });
         }
     }
@@ -54,7 +55,7 @@ void gate(const T* inner, const T* up, T* out, int64_t rows, int64_t width, int6
     for (int64_t row = 0; row < rows; row++)
         each(width, [&](int64_t i, auto read, auto write) {
             Vec x = read(inner + row * stride + i);
-            write(out + row * width + i, rounded<T>(x / (1.0f + exponential(-x))) * read(up + row * stride + i));
+            write(out + row * width + i, rounded<T>(x * logistic(x)) * read(up + row * stride + i));
         });
 }
 
@@ -65,7 +66,7 @@ void gate_backward(T* d, const T* inner, const T* up, T* out, T* d_up, int64_t c
     for (int64_t start = 0; start < count; start += block)
         each(std::min(count - start, block), [&](int64_t i, auto read, auto write) {
             i += start;
-            Vec x = read(inner + i), s = 1.0f / (1.0f + exponential(-x)), of = read(d + i), other = read(up + i);
+            Vec x = read(inner + i), s = logistic(x), of = read(d + i), other = read(up + i);
             Vec active = rounded<T>(x * s);
             write(out + i, active * other);
             write(d_up + i, active * of);
@@ -117,9 +118,9 @@ void soften(T* logits, const int64_t* targets, float* logp, int64_t slope, int64
                                 int64_t width, int threads) {                                                                         \
         norm<T>(x, weight, eps, out, unit, inverse, rows, width, threads);                                                            \
     }                                                                                                                                 \
-    extern "C" void norm_backward_##NAME(const T* dy, const T* unit, const float* inverse, const T* weight, float* dx,                \
-                                         float* d_weight, int64_t rows, int64_t width, int threads) {                                 \
-        norm_backward<T>(dy, unit, inverse, weight, dx, d_weight, rows, width, threads);                                              \
+    extern "C" void norm_backward_##NAME(const T* dy, const T* unit, const float* inverse, const T* weight, const float* add,         \
+                                         float* dx, float* d_weight, int64_t rows, int64_t width, int threads) {                      \
+        norm_backward<T>(dy, unit, inverse, weight, add, dx, d_weight, rows, width, threads);                                         \
     }                                                                                                                                 \
     extern "C" void gate_##NAME(const T* inner, const T* up, T* out, int64_t rows, int64_t width, int64_t stride, int threads) {      \
         gate<T>(inner, up, out, rows, width, stride, threads);                                                                        \

@@ -158,7 +158,7 @@ struct Gate {
         value = rounded<T>(value);
         Vec& kept = active[column % (B / 2) / L];
         if (column < inner)
-            kept = rounded<T>(value / (1.0f + exponential(-value)));
+            kept = rounded<T>(value * logistic(value));
         else
             store(out + row * inner + column - inner, kept * value);
     }
