@@ -217,7 +217,7 @@ def _library() -> ctypes.CDLL | None:
         folder = cache_folder() / "native"
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
         sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
-        known = [*sources, version, " ".join(FLAGS).encode(), torch.__version__.encode(), _processor()]
+        known = [*sources, version, " ".join(FLAGS).encode(), torch.__version__.encode(), processor()]
         place = folder / f"{hashlib.sha256(b'|'.join(known)).hexdigest()[:16]}.so"
         if not place.exists():
             _compile(compiler, place)
@@ -244,7 +244,7 @@ def _compile(compiler: str, place: Path) -> None:
         made.replace(place)
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What this processor can do: a home folder may be shared by machines of several kinds."""
     lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     return "".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags", "Features")).encode()

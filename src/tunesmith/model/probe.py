@@ -18,7 +18,7 @@ from torch import Tensor
 from tunesmith.core.errors import ModelError
 from tunesmith.core.recipe import Fast
 from tunesmith.core.types import Batch, Segment
-from tunesmith.model import attention, bottleneck, fuse, lora
+from tunesmith.model import attention, bottleneck, fuse, lora, proofs
 from tunesmith.model.adapter import lora_layers
 from tunesmith.model.flops import attention_widths
 from tunesmith.model.forward import Sharing, passes
@@ -32,7 +32,13 @@ FAILURES = (attention.LayoutError, RuntimeError, ValueError, TypeError, Attribut
 
 
 def settle(policy: Policy, fast: Fast) -> None:
-    """Choose layout, head and LoRA forward for this policy by trying them, and note what goes the plain way and why."""
+    """Choose layout, head and LoRA forward for this policy by trying them, and note what goes the plain way and why.
+
+    What was tried on this very model before is not tried again (see proofs.py).
+    """
+    known = proofs.place_of(policy, fast)
+    if known is not None and proofs.recall(policy, known):
+        return
     batch = probe_batch(policy.causal, policy.vocabulary)
     training = policy.model.training
     policy.model.eval()
@@ -55,6 +61,8 @@ def settle(policy: Policy, fast: Fast) -> None:
         if fast.layer and (fast.lora or not policy.adapted) and policy.layout == "packed":
             _settle_layers(policy, batch)
     policy.model.train(training)
+    if known is not None:
+        proofs.remember(policy, known)
 
 
 @torch.no_grad()
