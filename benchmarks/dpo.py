@@ -21,7 +21,7 @@ PRECISIONS = ("fp32 under bf16 autocast", "bf16 under bf16 autocast", "bf16")
 
 def cases(work: Path, quick: bool) -> dict[str, Case]:
     """The three cases of the table; `quick` leaves one setting a side."""
-    micro: list[Setting] = [{"micro_tokens": size} for size in (512, 1_024, 2_048)]
+    micro: list[Setting] = [{"micro_tokens": size} for size in (512, 1_024, 2_048, 4_096)]
     apart: list[Setting] = [{"micro_tokens": 1_024, "fast": {"front": False}}]
     dpo = Case(
         "dpo-135m", str(work / "model"), str(work / "pairs.jsonl"), "dpo", 1e-5, 2 if quick else 4, micro, grid((1, 2, 4), PRECISIONS),
