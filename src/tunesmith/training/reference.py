@@ -144,7 +144,7 @@ def logprobs(policy: Policy, rows: Sequence[Tokens], budget: Budget, ranks: Rank
     """For every row [T] the log-probabilities of its trained tokens, 0 elsewhere; None for what falls to other ranks."""
     named = [replace(row, key=str(place)) for place, row in enumerate(rows)]
     out: list[Floats | None] = [None] * len(rows)
-    # Nothing is kept for a backward pass, so that twice as many tokens need less memory than a step does, and products of more rows are faster.
+    # Nothing is kept for a backward pass: twice as many tokens need less memory than a step does, and larger products are faster.
     batches = pack(named, 2 * budget.tokens, sharing=policy.sharing is not None)[ranks.rank :: ranks.world]
     with quiet(policy), policy.steady():
         for batch in batches:
