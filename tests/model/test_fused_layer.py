@@ -207,6 +207,30 @@ def test_a_disabled_adapter_is_the_base():
     assert float((on - base).detach().abs().max()) > 1e-3
 
 
+def test_what_a_call_leaves_for_the_next_lasts_no_longer_than_it_is_true():
+    policy = fused_policy(adapt(make_model("qwen2"), "all-linear", dropout=0.5))
+    with policy.steady():
+        quiet = policy.score(BATCH).logp
+        assert len(policy.copies.calls) == 2
+        policy.train_mode(True)
+        assert not torch.equal(policy.score(BATCH).logp, quiet)  # dropout is at work
+        policy.train_mode(False)
+        assert torch.equal(policy.score(BATCH).logp, quiet)
+        with torch.no_grad():
+            policy.model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.zero_()
+    assert policy.copies.calls is None
+    assert not torch.equal(policy.score(BATCH).logp, quiet)
+    whole = fused_policy(make_model("qwen2"))
+    with whole.steady():
+        whole.score(BATCH).logp.sum().backward()
+        resting = [whole.causal.model.layers[0].mlp.up_proj.weight]
+        whole.rest(resting)
+        whole.model.zero_grad()
+        whole.score(BATCH).logp.sum().backward()
+        assert resting[0].grad is None
+        assert whole.causal.model.layers[1].mlp.up_proj.weight.grad is not None
+
+
 def test_dropout_in_the_adapter_takes_the_plain_way_with_the_same_numbers():
     found = []
     for fast in ({}, {"layer": False}):

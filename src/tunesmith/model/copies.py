@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Copies:
 
     def __init__(self) -> None:
         self._steady = False
+        self.calls: dict[object, Any] | None = None  # while nothing moves: what a call has made of the weights for the next one
         self._made: dict[int, tuple[Tensor, object, Tensor]] = {}
 
     def of(self, weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
@@ -38,13 +40,14 @@ class Copies:
     def drop(self) -> None:
         """Forget all copies: frozen weights have been trained in between, which their version does not tell."""
         self._made.clear()
+        self.calls = {} if self._steady else None
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
         """While open no weight moves, so that copies of trained weights can be kept from call to call; dropped at the end."""
-        self._steady = True
+        self._steady, self.calls = True, {}
         try:
             yield
         finally:
-            self._steady = False
+            self._steady, self.calls = False, None
             self._made = {key: entry for key, entry in self._made.items() if not entry[0].requires_grad}

@@ -17,7 +17,7 @@ from tunesmith.model.attention import window_of
 from tunesmith.model.cached import Feed, NextTokens
 from tunesmith.model.cached_layer import Part, Ready
 from tunesmith.model.copies import Copies
-from tunesmith.model.fused_layer import PROJECTIONS, Plan, fused_layer, rotary_tables
+from tunesmith.model.fused_layer import PROJECTIONS, Parts, Plan, fused_layer, rotary_tables
 from tunesmith.model.layer_ops import Linear, wide
 from tunesmith.model.layout import Layout
 from tunesmith.model.products import product
@@ -26,6 +26,14 @@ from tunesmith.model.whole_step import WholeStep
 
 WHOLE = "all layers at once"
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a layer's calls have in common while no weight moves (`Copies.calls`)."""
+
+    parts: Parts
+    parameters: list[Tensor | None]
 
 
 @dataclass(slots=True)
@@ -79,9 +87,11 @@ def make_ready(model: nn.Module, *, int8: bool) -> None:
 
 
 def forget_ready(model: nn.Module) -> None:
-    """Drop what was made ready for sampling: weights have moved, or their memory is wanted."""
+    """Drop what was made ready: weights have moved or are seen otherwise, or their memory is wanted."""
     for layer in fused_layers(model):
         layer.tunesmith.ready = layer.tunesmith.whole = None
+        if layer.tunesmith.copies.calls is not None:
+            layer.tunesmith.copies.calls.clear()
 
 
 def recompute(model: nn.Module, count: int) -> None:
@@ -141,6 +151,9 @@ def _forward(
     """The signature of transformers' decoder layers; sampling and layers with dropout in their adapter go its own way."""
     if isinstance(tunesmith_layout, Feed) and self.tunesmith.ready is not None and position_embeddings is not None:
         return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
+    calls, name = self.tunesmith.copies.calls, (id(self), self.training)
+    if calls and name in calls and isinstance(tunesmith_layout, Layout) and past_key_values is None and position_embeddings is not None:
+        return _train(self, hidden_states, calls[name], tunesmith_layout, position_embeddings, attention_mask)
     linears = None if tunesmith_layout is None or past_key_values is not None else _linears(self)
     if linears is None or tunesmith_layout is None or position_embeddings is None:
         if tunesmith_layout is not None:
@@ -156,10 +169,30 @@ def _forward(
         self.tunesmith.ready = _ready(self, linears)  # once for all calls until `forget_ready`
         return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
     with torch.autocast("cpu", enabled=False):
-        plan, parameters = _plan(self, linears, tunesmith_layout, position_embeddings, attention_mask)
-        y = fused_layer(hidden_states[0].to(wide(plan.dtype)), plan, *parameters)
+        parts, parameters = _parts(self, linears)
+    held = Held(parts, parameters)
+    # Factors that are made in the call (see lora.factors) have a graph of their own in each.
+    if calls is not None and all(p is None or p.is_leaf for p in parameters):
+        calls[name] = held
+    return _train(self, hidden_states, held, tunesmith_layout, position_embeddings, attention_mask)
+
+
+def _train(
+    layer: Any, hidden_states: Tensor, held: Held, layout: Layout, position_embeddings: tuple[Tensor, Tensor], marker: Tensor | None
+) -> Tensor:
+    """The layer over whole rows."""
+    attention, fused, parts = layer.self_attn, layer.tunesmith, held.parts
+    with torch.autocast("cpu", enabled=False):
+        plan = Plan(
+            of=parts,
+            layout=layout,
+            rotary=rotary_tables(*position_embeddings, layout, parts.keys, parts.group, float(attention.scaling), parts.dtype),
+            window=window_of(marker, getattr(attention, "sliding_window", None), layout),
+            recompute=fused.recompute,
+        )
+        y = fused_layer(hidden_states[0].to(wide(parts.dtype)), plan, *held.parameters)
         # What follows the last layer (a norm, perhaps transformers' own head) finds the dtype that it knows.
-        return (y.to(self.input_layernorm.weight.dtype) if self.tunesmith.last else y)[None]
+        return (y.to(layer.input_layernorm.weight.dtype) if fused.last else y)[None]
 
 
 def _sample(
@@ -288,29 +321,16 @@ def _linears(layer: Any) -> dict[str, tuple[nn.Linear, lora.Factors | None]] | N
     return found
 
 
-def _plan(
-    layer: Any,
-    linears: dict[str, tuple[nn.Linear, lora.Factors | None]],
-    layout: Layout,
-    position_embeddings: tuple[Tensor, Tensor],
-    marker: Tensor | None,
-) -> tuple[Plan, list[Tensor | None]]:
+def _parts(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> tuple[Parts, list[Tensor | None]]:
     """What the function reads, in the dtype of the products, and the parameters whose gradients it returns, in its order."""
     attention, fused = layer.self_attn, layer.tunesmith
     norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *(n.weight for n in _head_norms(attention))]
-    dtype = fused.dtype
-    first, second, *heads = (fused.copies.of(weight, dtype) for weight in norms)
-    width, group = attention.head_dim, attention.num_key_value_groups
-    keys = linears["k_proj"][0].out_features // width
-    plan = Plan(
-        layout=layout,
-        rotary=rotary_tables(*position_embeddings, layout, keys, group, float(attention.scaling), dtype),
-        dtype=dtype,
-        window=window_of(marker, getattr(attention, "sliding_window", None), layout),
-        keys=keys,
-        group=group,
+    first, second, *heads = (fused.copies.of(weight, fused.dtype) for weight in norms)
+    parts = Parts(
+        dtype=fused.dtype,
+        keys=linears["k_proj"][0].out_features // attention.head_dim,
+        group=attention.num_key_value_groups,
         eps=layer.input_layernorm.variance_epsilon,
-        recompute=fused.recompute,
         first_norm=first,
         second_norm=second,
         head_norms=(heads[0], heads[1]) if heads else None,
@@ -320,7 +340,7 @@ def _plan(
     parameters: list[Tensor | None] = [*norms, *[None] * (4 - len(norms))]
     for base, factors in linears.values():
         parameters += [base.weight, base.bias, factors.a if factors else None, factors.b if factors else None]
-    return plan, parameters
+    return parts, parameters
 
 
 def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Linear:

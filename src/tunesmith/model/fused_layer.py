@@ -47,22 +47,29 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What the layer is made of in this call, apart from tensors that are trained."""
+class Parts:
+    """What the layer is made of, apart from tensors that are trained: the same in every call while no weight moves."""
 
-    layout: Layout
-    rotary: Rotary
     dtype: torch.dtype
-    window: int
     keys: int
     group: int
     eps: float
-    recompute: bool
     first_norm: Tensor
     second_norm: Tensor
     head_norms: tuple[Tensor, Tensor] | None
     linear: dict[str, Linear]
     train_norms: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one call of the layer goes by."""
+
+    of: Parts
+    layout: Layout
+    rotary: Rotary
+    window: int
+    recompute: bool
 
 
 @dataclass(slots=True)
@@ -89,15 +96,15 @@ class Saved:
 
 def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Saved]:
     """The layer's output [T, E] from its input [T, E], both wide."""
-    layers = plan.linear
-    h, unit1, inverse1 = rms_norm(x, plan.first_norm, plan.eps)
+    layers = plan.of.linear
+    h, unit1, inverse1 = rms_norm(x, plan.of.first_norm, plan.of.eps)
     (query, key, value), small1 = linears(h, [layers["q_proj"], layers["k_proj"], layers["v_proj"]])
     q, k, v, heads = _to_padded(query, key, value, plan)
-    out, kept = attend_padded(q, k, v, plan.layout, plan.keys, plan.group, plan.window)
-    attended = out.index_select(0, plan.layout.queries(plan.keys, plan.group).back).view(len(x), -1)
+    out, kept = attend_padded(q, k, v, plan.layout, plan.of.keys, plan.of.group, plan.window)
+    attended = out.index_select(0, plan.layout.queries(plan.of.keys, plan.of.group).back).view(len(x), -1)
     (o,), small2 = linears(attended, [layers["o_proj"]])
     x = x + o
-    h, unit2, inverse2 = rms_norm(x, plan.second_norm, plan.eps)
+    h, unit2, inverse2 = rms_norm(x, plan.of.second_norm, plan.of.eps)
     (inner, up), small3 = linears(h, [layers["gate_proj"], layers["up_proj"]])
     (down,), small4 = linears(gate(inner, up), [layers["down_proj"]])
     saved = Saved(unit1, inverse1, small1, heads, q, k, v, kept, attended, small2, unit2, inverse2, small3, inner, up, small4)
@@ -106,32 +113,32 @@ def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Saved]:
 
 def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor | None, dict[str, LinearGrads], list[Tensor | None]]:
     """Gradients with respect to the input (wide), the linear layers, and the norms (first, second, query's, key's)."""
-    layers, grads = plan.linear, {}
-    narrow = dy.to(plan.dtype)
+    layers, grads = plan.of.linear, {}
+    narrow = dy.to(plan.of.dtype)
     d_inner, d_up, grads["down_proj"] = _down_backward(narrow, saved, plan)
-    h = saved.unit2 * plan.second_norm
+    h = saved.unit2 * plan.of.second_norm
     dh, (grads["gate_proj"], grads["up_proj"]) = linears_backward(
         [d_inner, d_up], h, saved.small3, [layers["gate_proj"], layers["up_proj"]], True
     )
     assert dh is not None
-    dx, d_norm2 = rms_norm_backward(dh, saved.unit2, saved.inverse2, plan.second_norm, plan.train_norms, dy)
-    narrow = dx.to(plan.dtype)
+    dx, d_norm2 = rms_norm_backward(dh, saved.unit2, saved.inverse2, plan.of.second_norm, plan.of.train_norms, dy)
+    narrow = dx.to(plan.of.dtype)
     d_attended, (grads["o_proj"],) = linears_backward([narrow], saved.attended, saved.small2, [layers["o_proj"]], True)
     assert d_attended is not None
     d_query, d_key, d_value, d_heads = _attention_backward(d_attended, plan, saved)
-    h = saved.unit1 * plan.first_norm
+    h = saved.unit1 * plan.of.first_norm
     dh, (grads["q_proj"], grads["k_proj"], grads["v_proj"]) = linears_backward(
-        [d_query, d_key, d_value], h, saved.small1, [layers["q_proj"], layers["k_proj"], layers["v_proj"]], need_x or plan.train_norms
+        [d_query, d_key, d_value], h, saved.small1, [layers["q_proj"], layers["k_proj"], layers["v_proj"]], need_x or plan.of.train_norms
     )
     if dh is None:
         return None, grads, [None, d_norm2, *d_heads]
-    dx1, d_norm1 = rms_norm_backward(dh, saved.unit1, saved.inverse1, plan.first_norm, plan.train_norms, dx)
+    dx1, d_norm1 = rms_norm_backward(dh, saved.unit1, saved.inverse1, plan.of.first_norm, plan.of.train_norms, dx)
     return dx1, grads, [d_norm1, d_norm2, *d_heads]
 
 
 def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor, LinearGrads]:
     """The down product needs the gate's output, which is worked out once more between its two halves."""
-    layer = plan.linear["down_proj"]
+    layer = plan.of.linear["down_proj"]
     d = dy @ layer.weight
     if layer.a is not None and layer.b is not None:
         d.addmm_(dy @ layer.b, layer.a)
@@ -142,13 +149,13 @@ def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor
 
 def _to_padded(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """Query, key and value [T, heads * D] as padded rows [R, D], turned by their positions."""
-    width = query.shape[1] // (plan.keys * plan.group)
-    rows, key_rows = plan.layout.queries(plan.keys, plan.group), plan.layout.keys(plan.keys)
+    width = query.shape[1] // (plan.of.keys * plan.of.group)
+    rows, key_rows = plan.layout.queries(plan.of.keys, plan.of.group), plan.layout.keys(plan.of.keys)
     query, key, value = (t.view(-1, width) for t in (query, key, value))
     heads = []
-    if plan.head_norms is not None:
-        query, *first = rms_norm(query.to(wide(plan.dtype)), plan.head_norms[0], plan.eps)
-        key, *second = rms_norm(key.to(wide(plan.dtype)), plan.head_norms[1], plan.eps)
+    if plan.of.head_norms is not None:
+        query, *first = rms_norm(query.to(wide(plan.of.dtype)), plan.of.head_norms[0], plan.of.eps)
+        key, *second = rms_norm(key.to(wide(plan.of.dtype)), plan.of.head_norms[1], plan.of.eps)
         heads = [(first[0], first[1]), (second[0], second[1])]
     q = _turn(query, rows.to_padded, rows.swapped, plan.rotary.query)
     k = _turn(key, key_rows.to_padded, key_rows.swapped, plan.rotary.key)
@@ -165,19 +172,19 @@ def _turn(rows: Tensor, index: Tensor, swapped: Tensor, tables: tuple[Tensor, Te
 
 
 def _attention_backward(d: Tensor, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    rows, key_rows = plan.layout.queries(plan.keys, plan.group), plan.layout.keys(plan.keys)
+    rows, key_rows = plan.layout.queries(plan.of.keys, plan.of.group), plan.layout.keys(plan.of.keys)
     width = saved.q.shape[1]
     do = d.view(-1, width).index_select(0, rows.to_padded).index_fill_(0, rows.filler, 0.0)
-    dq, dk, dv = attend_padded_backward(do, saved.q, saved.k, saved.v, saved.kept, plan.layout, plan.keys, plan.group, plan.window)
+    dq, dk, dv = attend_padded_backward(do, saved.q, saved.k, saved.v, saved.kept, plan.layout, plan.of.keys, plan.of.group, plan.window)
     dq = _turn(dq, rows.back, rows.swapped_back, plan.rotary.query_back)
     dk = _turn(dk, key_rows.back, key_rows.swapped_back, plan.rotary.key_back)
     dv = dv.index_select(0, key_rows.back)
     d_heads: list[Tensor | None] = [None, None]
-    if plan.head_norms is not None:
+    if plan.of.head_norms is not None:
         (unit, inverse), (key_unit, key_inverse) = saved.heads
-        wide_q, d_heads[0] = rms_norm_backward(dq, unit, inverse, plan.head_norms[0], plan.train_norms)
-        wide_k, d_heads[1] = rms_norm_backward(dk, key_unit, key_inverse, plan.head_norms[1], plan.train_norms)
-        dq, dk = wide_q.to(plan.dtype), wide_k.to(plan.dtype)
+        wide_q, d_heads[0] = rms_norm_backward(dq, unit, inverse, plan.of.head_norms[0], plan.of.train_norms)
+        wide_k, d_heads[1] = rms_norm_backward(dk, key_unit, key_inverse, plan.of.head_norms[1], plan.of.train_norms)
+        dq, dk = wide_q.to(plan.of.dtype), wide_k.to(plan.of.dtype)
     tokens = len(d)
     return dq.view(tokens, -1), dk.view(tokens, -1), dv.view(tokens, -1), d_heads
 
