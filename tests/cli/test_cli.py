@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: help, wrong words, exit statuses, one JSON document on stdout."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -56,6 +57,10 @@ def test_every_verb_shows_a_runnable_example(capsys, verb):
         (["train", "nowhere.yaml"], "does not exist"),
         (["show", "nowhere.jsonl"], "nowhere.jsonl"),
         (["generate", "pocket"], "either --prompt or --prompts"),
+        (["generate", "pocket", "--prompt", "hi", "--dtype", "fp61"], "model.dtype: unknown precision 'fp61'"),
+        (["generate", "pocket", "--prompt", "hi", "--raw", "--template", "chatml"], "--raw and --template are given together"),
+        (["generate", "pocket", "--prompts", os.devnull], "this is a pipe or a device"),
+        (["show", "rows.jsonl", "--max-length", "0"], "--max-length"),
     ],
 )
 def test_wrong_words_end_with_status_2_and_a_remedy(capsys, words, said):

@@ -156,6 +156,8 @@ def test_rows_that_cannot_be_scored_are_listed(capsys, model, write):
     assert f"{file}:4" in err
     status, [said], _ = run(capsys, "score", model, write([long]), "--on-bad", "drop", "--json")
     assert (status, said["error"]["code"]) == (2, "no_rows")
+    assert "--max-length" in said["error"]["remedy"]
+    assert "tokens." not in said["error"]["remedy"]
 
 
 def test_another_template_than_the_models_is_refused(capsys, model, tmp_path, write):

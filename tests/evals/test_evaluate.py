@@ -19,8 +19,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tunesmith.cli.main import main
 from tunesmith.core.card import Card, write_card
-from tunesmith.core.errors import DataError, GradeError, ModelError, RecipeError
+from tunesmith.core.errors import DataError, GradeError, ModelError, RecipeError, TemplateError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Score, Tokens
 from tunesmith.data.render import render, render_prompt
@@ -336,6 +337,40 @@ def test_prompts_of_a_file_and_raw_text(base: Opened, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prompt in the row"):
         read_prompts(tmp_path / "bad.jsonl")
     assert as_text(asks[1].messages) == "[system]\ns\n\n[user]\nu"
+
+
+def test_rows_that_name_the_base_go_through_the_base_also_when_all_do(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+
+    def said(row: str, *words: str) -> Any:
+        path.write_text(row + "\n", encoding="utf-8")
+        status = main(["generate", folders["base"], "--prompts", str(path), "--greedy", "--max-new-tokens", "8", "--json", *words])
+        [line] = capsys.readouterr().out.splitlines()
+        found = json.loads(line)
+        return found["completions"][0]["ids"] if status == 0 else found["error"]["code"]
+
+    tuned = ("--lora", f"tuned={folders['adapter']}")
+    alone = said('{"prompt": "hi"}')
+    assert said('{"prompt": "hi", "adapter": null}', *tuned) == alone != said('{"prompt": "hi"}', *tuned)
+    assert said('{"prompt": "hi", "adapter": null}', "--plain") == alone
+    assert said('{"prompt": "hi", "adapter": "tuned"}', "--plain") == "unknown_adapter"
+    assert said('{"prompt": "hi", "adapter": ["tuned"]}', *tuned) == "wrong_key"
+
+
+def test_what_a_template_refuses_is_said_with_its_row(base: Opened, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "hi"}\n{"messages": []}\n', encoding="utf-8")
+    (tmp_path / "strict.jinja").write_text("{% if not messages %}{{ raise_exception('no words') }}{% endif %}" + TEMPLATE, encoding="utf-8")
+    strict = replace(base, template=choose_template(base.tokenizer, str(tmp_path / "strict.jinja")))
+    with pytest.raises(TemplateError) as caught:
+        generate(base.policy, base.tokenizer, strict.template, read_prompts(path), SampleSettings(max_new_tokens=3))
+    assert caught.value.where == f"{path}:2"
+    for raw in (False, True):
+        with pytest.raises(DataError, match="half of a surrogate pair") as half:
+            generate(base.policy, base.tokenizer, base.template, ["whole", "\udcff"], SampleSettings(max_new_tokens=3), raw=raw)
+        assert (half.value.where, half.value.code) == ("prompt 1", "half_character")
 
 
 def test_white_space_that_the_template_writes_is_no_part_of_the_answer(base: Opened) -> None:

@@ -7,7 +7,8 @@ from tiny_models import make_batch, make_model, one_by_one
 
 from tunesmith.core import adapters, recipe
 from tunesmith.core.errors import ModelError, RecipeError
-from tunesmith.model.build import build_policy, load_policy
+from tunesmith.model import reward
+from tunesmith.model.build import build_policy, load_policy, try_on
 from tunesmith.model.load import check_vocabulary, choose_device, load_base
 from tunesmith.model.tokenizer import load_tokenizer, resolve
 
@@ -62,7 +63,13 @@ def test_a_hub_id_that_cannot_be_reached_fails_at_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    for load in (lambda: load_tokenizer("pocke"), lambda: load_base(recipe.Model(base="pocke"), "cpu", training=True)):
+    loads = (
+        lambda: load_tokenizer("pocke"),
+        lambda: load_base(recipe.Model(base="pocke"), "cpu", training=True),
+        lambda: reward.head_of("pocke"),
+        lambda: try_on(recipe.Model.model_validate({"base": "pocke", "adapter": {"name": "lora"}})),
+    )
+    for load in loads:
         with pytest.raises(ModelError, match="did you mean 'pocket'") as caught:
             load()
         assert caught.value.code == "no_model"

@@ -215,6 +215,28 @@ def test_a_rank_without_rows_takes_part_in_a_whole_step_loss(built):
     assert sums.loss == 0
 
 
+def test_a_reference_model_that_is_not_there_is_said_before_any_work(wish, tmp_path):
+    from tunesmith.core.errors import ModelError
+
+    made = wish("dpo", "lora", "run")
+    made["reference"]["model"] = str(tmp_path / "nowhere")
+    with pytest.raises(ModelError) as caught:
+        train(made)
+    assert (caught.value.code, caught.value.where) == ("no_model", "reference.model")
+    assert not Path(made["run"]["out"]).exists()
+
+
+@pytest.mark.parametrize("change", [{"adapter": {"name": "prompt", "tokens": 4}}, {"quant": "nf4"}])
+def test_the_cache_of_the_reference_tells_models_apart_that_start_from_the_same_weights(wish, change, tmp_path):
+    if "quant" in change:
+        pytest.importorskip("bitsandbytes")
+    for name, changed in (("first", {}), ("second", change)):
+        made = wish("dpo", "lora", name, steps=2, eval_every=0)
+        made["reference"]["cache"] = True
+        made["model"] |= changed
+        assert train(made)["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-3)
+
+
 def test_a_stale_reference_stops_the_run(wish, monkeypatch):
     from tunesmith.core.errors import ModelError
     from tunesmith.training import reference

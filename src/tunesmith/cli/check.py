@@ -22,7 +22,7 @@ Check a recipe and its data without training: problems, token ledger, and where 
 def check(
     recipe: Annotated[Path | None, typer.Argument(help="recipe file (YAML or JSON)")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="put a value into the recipe; may be repeated")] = None,
-    method: Annotated[str | None, typer.Option(help="short form: sft or sft-full")] = None,
+    method: Annotated[str | None, typer.Option(help="short form: the methods of 'tunesmith train'")] = None,
     model: Annotated[str | None, typer.Option(help="short form: hub id, folder, run folder or pocket")] = None,
     data: Annotated[str | None, typer.Option(help="short form: file, folder or hub id of rows")] = None,
     out: Annotated[str | None, typer.Option(help="short form: run folder")] = None,

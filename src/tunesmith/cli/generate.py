@@ -66,6 +66,10 @@ def generate(
     log.set_up()
     if (prompt is None) == (prompts is None):
         raise RecipeError("give either --prompt or --prompts", where="tunesmith generate", remedy='e.g. --prompt "Hello"', code="usage")
+    if raw and template != "auto":
+        raise RecipeError(
+            "--raw and --template are given together", where="tunesmith generate", remedy="leave one of them out", code="usage"
+        )
     folders = named_folders(lora)
     wanted: list[Any] = [prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else []
     settings = SampleSettings(
@@ -75,7 +79,7 @@ def generate(
     named = [settings.adapter] if prompts is None else read_adapters(prompts, settings.adapter)
     opened = open_model(model, adapter=adapter, template="none" if raw else template, dtype=dtype, device=device)
     rows = sample(
-        opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named if any(named) else (),
+        opened.policy, opened.tokenizer, opened.template, wanted, settings, raw=raw, adapters=named,
         how=How(max_rows=batch, int8=int8, folders=folders, plain=plain),
     )  # fmt: skip
     for row in rows:

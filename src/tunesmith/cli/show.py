@@ -36,7 +36,7 @@ def show(
     n: Annotated[int, typer.Option("-n", min=1, help="rows to show")] = 3,
     data_format: Annotated[str, typer.Option("--format", help="auto, or a name: messages, preference, ...")] = "auto",
     turns: Annotated[Turns, typer.Option(help="assistant turns that are trained")] = Turns.all,
-    max_length: Annotated[int | None, typer.Option(help="mark rows over this many tokens as dropped")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="mark rows over this many tokens as dropped")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Render the first rows and print them."""

@@ -59,6 +59,13 @@ def files_of(path: str) -> list[tuple[Path, str]]:
                 code="unknown_ending",
             )
         return [(root, path)]
+    if root.exists() and not root.is_dir():
+        raise DataError(
+            "this is a pipe or a device, and rows are read more than once",
+            where=path,
+            remedy="write the rows to a file first",
+            code="no_file",
+        )
     if not root.is_dir():
         raise DataError(f"the file does not exist{_neighbour(root)}", where=path, remedy="check the path", code="no_file")
     found = [p for p in sorted(root.rglob("*")) if p.is_file() and kind_of(p) in READERS and not _hidden(p, root)]

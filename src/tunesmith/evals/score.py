@@ -31,6 +31,7 @@ from tunesmith.model.tokenizer import resolve
 
 WINDOW = 16 * CAPACITY  # tokens that are packed together; scores come out as each window is done
 ENDLESS = 1 << 20  # for a model that names no longest row
+LONG = "shorten such rows, or raise --max-length (the longest row that the model knows is the default)"
 Scored = dict[str, Any]
 
 
@@ -113,7 +114,8 @@ def _refuse(gathered: Gathered, source: Source, on_bad: Literal["refuse", "drop"
     lines += [f"{', '.join(reason.keys[:SHOWN])}: {reason.message}" for reason in bad if reason.fate == "dropped"]
     count = sum(reason.count for reason in bad)
     if (count and on_bad == "refuse") or not len(gathered.train):
-        remedy = next((reason.remedy for reason in bad if reason.remedy), "mend the rows")
+        first = next((reason for reason in bad if reason.remedy), None)
+        remedy = LONG if first is not None and first.code == "over_length" else first.remedy if first is not None else "mend the rows"
         more = [f"... ({count} in all)"] if count > len(lines) else []
         raise DataError(
             "\n  ".join([f"{count} {'row' if count == 1 else 'rows'} cannot be scored:", *lines, *more]),

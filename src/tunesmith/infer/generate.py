@@ -62,12 +62,14 @@ def generate(
     too where they are asked for: [[id, log-probability], ...] at every place.
     Raises DataError for messages in raw mode, and what rendering and sampling raise.
     """
-    ids = [raw_ids(prompt, tokenizer) if raw else prompt_ids(prompt, tokenizer, template) for prompt in prompts]
+    ids = [_row_ids(prompt, number, tokenizer, template, raw) for number, prompt in enumerate(prompts)]
     sampler = raw_sampler(policy, tokenizer, how) if raw else chat_sampler(policy, tokenizer, template, how)
     if isinstance(sampler, Engine) and adapters:
         rows = sampler.sample(ids, [replace(settings, adapter=name) for name in adapters])
     else:
-        rows = sampler.sample(ids, settings)
+        # The plain twin goes one way for all rows, and refuses an adapter.
+        named = next((name for name in adapters if name is not None), None) if adapters else settings.adapter
+        rows = sampler.sample(ids, replace(settings, adapter=named))
     return [
         {
             "prompt": prompt if isinstance(prompt, str) else [message.as_dict() for message in as_prompt(prompt).messages],
@@ -75,6 +77,15 @@ def generate(
         }
         for prompt, row in zip(prompts, rows, strict=True)
     ]
+
+
+def _row_ids(prompt: Ask, number: int, tokenizer: Any, template: ChatTemplate, raw: bool) -> list[int]:
+    """The ids of one prompt; what its template refuses, or its text, is said with its place."""
+    try:
+        return raw_ids(prompt, tokenizer) if raw else prompt_ids(prompt, tokenizer, template)
+    except (TemplateError, DataError) as error:
+        where = prompt.key if isinstance(prompt, Prompt) and prompt.key else f"prompt {number}"
+        raise type(error)(error.message, where=where, remedy=error.remedy, code=error.code) from error
 
 
 def _as_json(one: Completion) -> dict[str, Any]:
@@ -155,8 +166,24 @@ def read_prompts(path: str | Path) -> list[Ask]:
 
 
 def read_adapters(path: str | Path, default: str | None) -> list[str | None]:
-    """The adapter that each row of a prompts file names ("adapter"; null: the base), else the default."""
-    return [row.get("adapter", default) for _, row in read(Source(path=str(path))) if not isinstance(row, Problem)]
+    """The adapter that each row of a prompts file names ("adapter"; null: the base), else the default.
+
+    Raises DataError `wrong_key` for what is no name.
+    """
+    out: list[str | None] = []
+    for key, row in read(Source(path=str(path))):
+        if isinstance(row, Problem):
+            continue
+        name = row.get("adapter", default)
+        if name is not None and not isinstance(name, str):
+            raise DataError(
+                f"adapter is {str(name)[:40]}, not a name",
+                where=key,
+                remedy='write {"adapter": "name"}, or null for the base',
+                code="wrong_key",
+            )
+        out.append(name)
+    return out
 
 
 def _ask(row: Row, key: str) -> Ask:
@@ -184,8 +211,10 @@ def as_prompt(prompt: Ask) -> Prompt:
 
 
 def prompt_ids(prompt: Ask, tokenizer: Any, template: ChatTemplate) -> list[int]:
-    """The ids that ask for an answer, through the template."""
+    """The ids that ask for an answer, through the template. Raises DataError `half_character`, and what rendering raises."""
     whole = as_prompt(prompt)
+    for message in whole.messages:
+        _demand_whole(message.content)
     return [int(token) for token in render.render_prompt(whole.messages, whole.tools, template, tokenizer)]
 
 
@@ -195,9 +224,23 @@ def raw_ids(prompt: Ask, tokenizer: Any) -> list[int]:
         raise DataError(
             "raw mode takes text, not messages", where="prompt", remedy='give {"prompt": ...}, or leave --raw out', code="raw_messages"
         )
-    ids = [int(token) for token in tokenizer(prompt, add_special_tokens=True)["input_ids"]]
+    _demand_whole(prompt)
+    ids = [int(token) for token in tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"]]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
     closed = len(ids) > 1 and ids[-1] == eos and not prompt.endswith(str(tokenizer.eos_token))
     return ids[:-1] if closed else ids
+
+
+def _demand_whole(text: str) -> None:
+    """Raises DataError `half_character` for text that no tokenizer takes: a terminal's bytes that are not UTF-8 come as halves."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"half of a surrogate pair stands alone: {error.object[error.start : error.end]!r}",
+            where="prompt",
+            remedy="write the whole character, in UTF-8",
+            code="half_character",
+        ) from error

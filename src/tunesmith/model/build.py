@@ -21,7 +21,7 @@ from tunesmith.model.peft_configs import peft_config
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
 from tunesmith.model.stream import begin
-from tunesmith.model.tokenizer import adapter_base, resolve
+from tunesmith.model.tokenizer import adapter_base, demand_reachable, resolve
 
 
 def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bool = True, head: reward.Head = "language") -> Policy:
@@ -75,14 +75,15 @@ def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bo
 def try_on(settings: recipe.Model) -> None:
     """Whether the adapter of a recipe fits its base, by the shapes alone: no weight is read.
 
-    Raises RecipeError as `peft_configs.peft_config` and `bottleneck.attach`. What only the weights can tell is not looked at, nor is a base
-    whose configuration is not to be had.
+    Raises RecipeError as `peft_configs.peft_config` and `bottleneck.attach`, ModelError `no_model` for a hub id that is out of reach. What
+    only the weights can tell is not looked at, nor is a base whose configuration is not to be had.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = resolve(settings.base)
     if settings.adapter is None or adapter_base(place) is not None:
         return
+    demand_reachable(place)
     try:
         config = AutoConfig.from_pretrained(place, revision=settings.revision)
         with torch.device("meta"):
@@ -108,6 +109,7 @@ def load_policy(
     `adapter` puts an adapter folder (or a run folder) on top of the model named first.
     """
     spot = choose_device(device)
+    precision = choose_dtype(dtype, spot)
     place = resolve(folder_or_id)
     on_top = resolve(adapter) if adapter is not None else None
     below = adapter_base(place)
@@ -122,6 +124,6 @@ def load_policy(
     if on_top is not None:
         model = adapters.read(model, on_top, training=False)
     model.requires_grad_(False).eval()
-    policy = Policy(model, choose_dtype(dtype, spot))
+    policy = Policy(model, precision)
     settle(policy, fast or recipe.Fast())
     return policy

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as bars
 
 from tunesmith.core import recipe
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
 from tunesmith.core.log import logger
 from tunesmith.core.seed import seed_of
 from tunesmith.model import bottleneck, quant, reward
@@ -23,6 +23,7 @@ from tunesmith.model.tokenizer import adapter_base, demand_reachable, load_token
 
 __all__ = ["check_vocabulary", "choose_device", "choose_dtype", "load_base", "load_tokenizer", "resolve", "seeded"]
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SCALES = ("scale", "scale_inv", "scales", "qzeros", "qweight", "absmax", "quant_map")
 
 
@@ -75,10 +76,20 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """fp32 or bf16; `auto` is bf16 on a GPU that computes in it, else fp32, also on a CPU (whose users compare numbers first)."""
+    """fp32 or bf16; `auto` is bf16 on a GPU that computes in it, else fp32, also on a CPU (whose users compare numbers first).
+
+    Raises RecipeError `bad_setting` for any other name.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and multiplies_bf16(device) else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    if name not in DTYPES:
+        raise RecipeError(
+            f"unknown precision '{name}'{did_you_mean(name, DTYPES)}",
+            where="model.dtype",
+            remedy="use auto, fp32 or bf16",
+            code="bad_setting",
+        )
+    return DTYPES[name]
 
 
 def seeded(seed: int, *names: str) -> Any:

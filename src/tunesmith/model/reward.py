@@ -14,7 +14,7 @@ from torch import nn
 from tunesmith.core.errors import ModelError
 from tunesmith.core.files import read_json, write_json
 from tunesmith.core.seed import seed_of
-from tunesmith.model.tokenizer import ADAPTER
+from tunesmith.model.tokenizer import ADAPTER, demand_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,8 +74,9 @@ def template_differs(card: RewardCard, source: str, found: str, where: str) -> M
 def head_of(place: str, revision: str | None = None) -> Head:
     """Which head a model folder, adapter folder or hub id holds; "language" also where it cannot be read, which loading will say.
 
-    Raises ModelError `not_a_reward_model` for a classifier of several classes.
+    Raises ModelError `no_model` for a hub id that is out of reach, `not_a_reward_model` for a classifier of several classes.
     """
+    demand_reachable(place)
     adapter = Path(place) / ADAPTER
     if adapter.is_file():
         return "score" if read_json(adapter).get("task_type") == "SEQ_CLS" else "language"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tunesmith.core import adapters
 from tunesmith.core.errors import CapacityError, ModelError, RecipeError
 from tunesmith.core.files import atomic_folder, cache_folder, file_hash, write_text
 from tunesmith.core.log import logger
@@ -27,17 +28,43 @@ from tunesmith.model.build import load_policy
 from tunesmith.model.load import check_vocabulary
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle_front
-from tunesmith.model.tokenizer import adapter_base, resolve
+from tunesmith.model.tokenizer import adapter_base, demand_reachable, resolve
 from tunesmith.training.parallel import Ranks
 from tunesmith.training.receipt import largest_difference, model_hash, precision, tolerance_of
 from tunesmith.training.step import Budget
 
 STREAM = "reference"
+VIRTUAL = (adapters.Prefix, adapters.Prompt, adapters.PTuning)
 FILE, SEAL = "values.npy", "seal.txt"
 CHUNK = 512  # rows scored between two words on progress
 PROOF = 8  # rows that are scored once more before the first step
 
 Floats = npt.NDArray[np.float32]
+
+
+def demand_reference(recipe: Recipe) -> None:
+    """Raises ModelError when a reference model of its own is named that is not there, before any row is read."""
+    name = recipe.reference.model
+    if name in ("start", "base"):
+        return
+    try:
+        demand_reachable(resolve(name))
+    except ModelError as error:
+        raise ModelError(error.message, where="reference.model", remedy=error.remedy, code=error.code) from error
+
+
+def _beside_the_weights(recipe: Recipe) -> dict[str, str]:
+    """What numbers depend on before the first step, beside the weights: how these are held, and an adapter that starts at random.
+
+    Most adapters begin as nothing, whatever their settings; virtual tokens do not, and LoftQ starts from what quantising lost.
+    """
+    model, adapter = recipe.model, recipe.model.adapter
+    out = {"quant": f"{model.quant} {model.double_quant}"} if model.quant is not None else {}
+    if model.fast.float8:
+        out["float8"] = "true"
+    if recipe.reference.model == "start" and (isinstance(adapter, VIRTUAL) or getattr(adapter, "init", "") == "loftq"):
+        out["adapter"] = content_hash({"settings": repr(adapter), "seed": recipe.run.seed})
+    return out
 
 
 class References:
@@ -55,13 +82,15 @@ class References:
             self._key["seed"] = str(recipe.run.seed)
         if self._name == "base" and not policy.adapted:
             raise RecipeError(
-                "reference.model: base switches an adapter off, and all weights are trained here",
+                "base switches an adapter off, and all weights are trained here",
                 where="reference.model",
                 remedy="use start, or name a model",
                 code="no_adapter",
             )
         if self._name not in ("start", "base"):
             self._key["reference"] = model_hash(resolve(self._name), None)
+        else:
+            self._key |= _beside_the_weights(recipe)
 
     def fill(self, rows: TokenSet, wanted: npt.NDArray[np.bool_]) -> TokenSet:
         """The same rows with the stream "reference" [T] for the `wanted` ones [R], NaN for the others."""
