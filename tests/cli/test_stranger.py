@@ -83,6 +83,16 @@ def test_a_word_that_stands_for_an_entry_is_kept_when_a_setting_below_it_is_set(
         assert 'checkpointing: "on"' in out
 
 
+def test_a_run_folder_where_nothing_can_be_written_is_refused_before_any_row_is_read(capsys, words, tmp_path, monkeypatch):
+    def refuse(dir):  # what root meets below /proc, where os.access says yes
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("tunesmith.training.door.tempfile.mkdtemp", refuse)
+    error = failure(capsys, words(out=tmp_path / "run"))
+    assert (error["code"], error["where"]) == ("bad_out", "run.out")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_a_run_folder_that_is_a_file_is_refused(capsys, words, tmp_path, below):
     (tmp_path / "file").write_text("mine")

@@ -62,7 +62,7 @@ def test_one_undecided_token_is_rounding_in_bf16_and_nothing_else_is():
 
 
 def test_scores_may_move_with_their_size_and_no_further():
-    from tunesmith.training.receipt import by_rounding, tolerance_of
+    from tunesmith.training.receipt import by_rounding, measure_of, tolerance_of
 
     live = [[7.4], [-7.1], [3.2], [-6.0]]
     moved = [[7.4], [-6.8], [3.2], [-6.0]]  # as a reward model of the bundled base was read back once
@@ -71,3 +71,5 @@ def test_scores_may_move_with_their_size_and_no_further():
     assert not by_rounding([[7.4], [-5.0], [3.9], [-6.0]], live, "bf16", scalar=True)
     assert not by_rounding(moved, live, "fp32", scalar=True)
     assert tolerance_of("bf16", [[1.0]], scalar=True) == tolerance_of("bf16", [[1.0]])
+    assert measure_of([{"ids": [1], "places": [0], "scores": [1.0]}]) == "scores"
+    assert measure_of([{"ids": [1, 2], "logprobs": [-1.0]}]) == "log-probabilities"

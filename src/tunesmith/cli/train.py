@@ -80,7 +80,8 @@ def _tell(result: dict[str, Any]) -> None:
     typer.echo(f"model    {result['final']}")
     typer.echo(f"report   {result['report']}")
     receipt = result["receipt"]
-    typer.echo(f"receipt  read back from disk: log-probabilities differ by at most {receipt['max_abs_logprob_diff']:.1e}")
+    measure = receipt.get("measure", "log-probabilities")  # an earlier version did not say
+    typer.echo(f"receipt  read back from disk: {measure} differ by at most {receipt['max_abs_logprob_diff']:.1e}")
 
 
 def _speed(mean: float, speed: dict[str, Any]) -> str:

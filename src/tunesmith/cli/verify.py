@@ -44,7 +44,7 @@ def verify(
         for name in found["changed_files"]:
             typer.secho(f"changed since training: final/{name}", fg="red")
         typer.echo(
-            f"{found['probes']} probes, log-probabilities differ by at most {found['max_abs_logprob_diff']:.1e} "
+            f"{found['probes']} probes, {found['measure']} differ by at most {found['max_abs_logprob_diff']:.1e} "
             f"(tolerance {found['tolerance']:.0e}): {'the receipt holds' if found['passed'] else 'THE RECEIPT DOES NOT HOLD'}"
         )
     raise typer.Exit(0 if found["passed"] else 1)

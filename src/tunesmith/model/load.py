@@ -246,14 +246,14 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
+def check_vocabulary(model: Any, tokenizer: Any, where: str = "model.base") -> None:
     """Raises ModelError `vocabulary` when the tokenizer has ids that the embedding has no row for."""
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         raise ModelError(
             f"the tokenizer's highest id is {highest}, the embedding has {rows} rows",
-            where="model.base",
+            where=where,
             remedy="use the tokenizer that belongs to this model",
             code="vocabulary",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,8 +61,12 @@ def _run_folder(recipe: Recipe) -> None:
     there = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not there.is_dir():
         raise RecipeError(f"'{there}' is a file, not a folder", where="run.out", remedy="choose another run.out", code="bad_out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"nothing may be written in '{there}'", where="run.out", remedy="choose another run.out", code="bad_out")
+    try:  # asking os.access is not enough: root may write where nothing can be written
+        Path(tempfile.mkdtemp(dir=there)).rmdir()
+    except OSError as error:
+        raise RecipeError(
+            f"nothing can be written in '{there}' ({error.strerror})", where="run.out", remedy="choose another run.out", code="bad_out"
+        ) from error
 
 
 def _float8(recipe: Recipe) -> None:

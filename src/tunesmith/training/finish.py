@@ -238,6 +238,7 @@ def _result(job: Job, receipt: dict[str, Any], seconds: float) -> dict[str, Any]
         "speed": receipt["speed"],
         "receipt": {
             "path": str(job.run / "receipt.json"),
+            "measure": receipts.measure_of(receipt["probes"]),
             **{k: receipt[k] for k in ("max_abs_logprob_diff", "tolerance", "passed", "max_abs_logprob_change_from_base")},
         },
         "report": str(job.run / "report.html"),
@@ -261,7 +262,7 @@ def _facts(job: Job, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _demand_proof(run: Path, receipt: dict[str, Any], probes: int) -> None:
-    what = "scores" if any("places" in probe for probe in receipt["probes"]) else "log-probabilities"
+    what = receipts.measure_of(receipt["probes"])
     if not receipt["passed"]:
         raise ModelError(
             f"the saved model differs from the trained one: {what} by up to {receipt['max_abs_logprob_diff']:.3g}, "

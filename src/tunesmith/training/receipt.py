@@ -87,6 +87,11 @@ def live_numbers(policy: Policy, probes: Sequence[Tokens]) -> list[list[float]]:
     return out
 
 
+def measure_of(probes: Sequence[Mapping[str, Any]]) -> str:
+    """What the probes of a receipt compare, in words."""
+    return "scores" if any("places" in probe for probe in probes) else "log-probabilities"
+
+
 def split_probe(probe: Tokens) -> tuple[list[int], list[int]]:
     """Prompt ids and answer ids of a probe."""
     start = int(np.flatnonzero(probe.train)[0])
@@ -192,6 +197,8 @@ def verify(run: Path, device: str) -> dict[str, Any]:
     probes = stored["probes"]
     place = str(choose_device(device))
     try:
+        if not (run / "final").is_dir():
+            raise FileNotFoundError("the folder is gone")
         model = load_plain(run / "final", stored["dtype"], place)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -208,6 +215,7 @@ def verify(run: Path, device: str) -> dict[str, Any]:
         "probes": len(probes),
         "max_abs_logprob_diff": difference,
         "tolerance": stored["tolerance"],
+        "measure": measure_of(probes),
         "passed": not changed and by_rounding(said, kept, stored["dtype"], scalar=any("places" in probe for probe in probes)),
     }
 

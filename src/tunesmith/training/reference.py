@@ -126,7 +126,7 @@ class References:
         else:
             settings = self._recipe.model
             policy = load_policy(self._name, dtype=settings.dtype, device=str(self._policy.device), fast=settings.fast)
-            check_vocabulary(policy.causal, self._tokenizer)
+            check_vocabulary(policy.causal, self._tokenizer, "reference.model")
             if policy.layout == "packed" and settings.fast.front:
                 settle_front(policy)
             yield policy
