@@ -13,6 +13,8 @@ from tunesmith.model import fuse, native
 SLIDING = {"use_sliding_window": True, "sliding_window": 12, "layer_types": ["full_attention", "sliding_attention"]}
 FAMILIES = {"llama": {}, "qwen2": SLIDING, "qwen3": SLIDING, "mistral": {"sliding_window": 12}}
 
+# Without a compiler, or on processors that PyTorch has no block product for, there are no whole steps: the other tests go that way.
+# Where there is a compiler, tests/model/test_native.py fails when it does not take our functions.
 pytestmark = pytest.mark.skipif(native.multiplier(torch.float32) is None, reason="no C++ compiler, or no block product, here")
 
 

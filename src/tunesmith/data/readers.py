@@ -129,13 +129,17 @@ def parse_json(text: str) -> Any:
 def _object(value: Any, key: str, text: str | None = None) -> Row | Problem:
     if not isinstance(value, dict):
         return Problem(key, "not_an_object", f"the row is {_kind(value)}, not an object: {_short(value)}", 'write {"name": value, ...}')
-    if text is None or _ESCAPED_SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            spot = error.object[error.start : error.end]
-            return Problem(key, "half_character", f"half of a surrogate pair stands alone: {spot!r}", "write the whole character")
-    return value
+    wrong = half_character(json.dumps(value, ensure_ascii=False)) if text is None or _ESCAPED_SURROGATE.search(text) else None
+    return value if wrong is None else Problem(key, "half_character", wrong, "write the whole character")
+
+
+def half_character(text: str) -> str | None:
+    """What no tokenizer takes: half of a surrogate pair, in words; None where there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair stands alone: {error.object[error.start : error.end]!r}"
+    return None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

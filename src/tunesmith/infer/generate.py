@@ -16,6 +16,7 @@ from tunesmith.data import render
 from tunesmith.data.formats import turns
 from tunesmith.data.formats.messages import read_turns
 from tunesmith.data.problem import Problem
+from tunesmith.data.readers import half_character
 from tunesmith.data.sources import read
 from tunesmith.data.template import ChatTemplate, apply
 from tunesmith.infer.engine import MAX_ROWS, Engine
@@ -234,13 +235,6 @@ def raw_ids(prompt: Ask, tokenizer: Any) -> list[int]:
 
 
 def _demand_whole(text: str) -> None:
-    """Raises DataError `half_character` for text that no tokenizer takes: a terminal's bytes that are not UTF-8 come as halves."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"half of a surrogate pair stands alone: {error.object[error.start : error.end]!r}",
-            where="prompt",
-            remedy="write the whole character, in UTF-8",
-            code="half_character",
-        ) from error
+    """Raises DataError `half_character`: a terminal's bytes that are not UTF-8 come as halves."""
+    if (wrong := half_character(text)) is not None:
+        raise DataError(wrong, where="prompt", remedy="write the whole character, in UTF-8", code="half_character")

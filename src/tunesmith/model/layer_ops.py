@@ -40,7 +40,11 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients with respect to x (wide) and weight (wide, or None): dx = (dy w - unit mean(dy w unit)) / rms, plus `add` (wide)."""
     others = () if add is None else (add,)
-    if (fast := compiled(weight.dtype, dy, unit, *others)) is not None and dy.dtype == weight.dtype:
+    if (
+        (fast := compiled(weight.dtype, dy, unit, *others)) is not None
+        and dy.dtype == weight.dtype
+        and (add is None or add.dtype == torch.float32)
+    ):
         return fast.norm_backward(dy, unit, inverse, weight, need_weight, add)
     dx, unit = dy.to(inverse.dtype, copy=True), unit.to(inverse.dtype)
     dw = (dx * unit).sum(tuple(range(dx.dim() - 1))) if need_weight else None

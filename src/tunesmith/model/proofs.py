@@ -80,7 +80,7 @@ def place_of(policy: Policy, fast: Fast) -> Path | None:
         "code": _code(), "versions": _versions(), "fast": fast.model_dump(), "dtype": policy.dtype, "scalar": policy.scalar,
         "autocast": policy.autocast, "class": type(policy.causal).__name__, "config": policy.causal.config.to_dict(), "adapters": adapters,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else native.processor().decode(errors="replace"),
-        "threads": torch.get_num_threads(), "native": native.kernels(policy.dtype) is not None and device.type == "cpu",
+        "threads": torch.get_num_threads(), "native": device.type == "cpu" and native.kernels(policy.dtype) is not None,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=_plain).encode())
     for name, tensor in tensors:

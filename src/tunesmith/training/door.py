@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any row is read: objective, device, trackers, base weights, run folder, adapter, optimizer."""
+"""What can be known to be wrong before any row is read, of the recipe, the device, the folders and the models that it names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tunesmith.model.lora_start import not_quantised
 from tunesmith.model.tokenizer import ADAPTER, resolve
 from tunesmith.objective import methods
 from tunesmith.training.optim import demand_device
+from tunesmith.training.reference import demand_reference
 from tunesmith.training.sinks import PACKAGES, missing_package
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -91,7 +92,7 @@ def _adapter(recipe: Recipe) -> None:
 
 
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
-    _objective, _device, _trackers, _weights, _run_folder, _float8, _optimizer, _quantised, _adapter,
+    _objective, _device, _trackers, _weights, _run_folder, _float8, _optimizer, _quantised, _adapter, demand_reference,
 )  # fmt: skip
 
 

@@ -89,7 +89,12 @@ def live_numbers(policy: Policy, probes: Sequence[Tokens]) -> list[list[float]]:
 
 def measure_of(probes: Sequence[Mapping[str, Any]]) -> str:
     """What the probes of a receipt compare, in words."""
-    return "scores" if any("places" in probe for probe in probes) else "log-probabilities"
+    return "scores" if _scalar(probes) else "log-probabilities"
+
+
+def _scalar(probes: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the probes of a receipt are those of a reward model."""
+    return any("places" in probe for probe in probes)
 
 
 def split_probe(probe: Tokens) -> tuple[list[int], list[int]]:
@@ -216,7 +221,7 @@ def verify(run: Path, device: str) -> dict[str, Any]:
         "max_abs_logprob_diff": difference,
         "tolerance": stored["tolerance"],
         "measure": measure_of(probes),
-        "passed": not changed and by_rounding(said, kept, stored["dtype"], scalar=any("places" in probe for probe in probes)),
+        "passed": not changed and by_rounding(said, kept, stored["dtype"], scalar=_scalar(probes)),
     }
 
 

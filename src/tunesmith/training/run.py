@@ -40,7 +40,7 @@ from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
 from tunesmith.training.parallel import Ranks, join, leave
 from tunesmith.training.receipt import identify, model_hash, precision
-from tunesmith.training.reference import PROOF, References, demand_reference
+from tunesmith.training.reference import PROOF, References
 from tunesmith.training.sinks import Sinks, open_sinks
 from tunesmith.training.source import Offline
 from tunesmith.training.speed import gauge_of
@@ -141,7 +141,6 @@ def _aside(function: Callable[..., str], *arguments: Any) -> Future[str]:
 
 def _prepare(recipe: Recipe, ranks: Ranks) -> tuple[Callable[[], Identity], Prepared, Any]:
     """The run's identity, as a function because hashing the base goes on beside the rest, its rows and its tokenizer."""
-    demand_reference(recipe)
     base, revision = resolve(recipe.model.base), recipe.model.revision
     hashed = _aside(model_hash, base, revision) if Path(base).is_dir() else None
     tokenizer = load_tokenizer(base, revision)
