@@ -121,8 +121,8 @@ def measure(bench: Bench, case: Case, runs: int) -> Result:
 
 
 def started(bench: Bench, case: Case, setting: Setting, runs: int) -> Result:
-    """Seconds from the start of `tunesmith train` to the end of its first step, tokens in the cache (the first run fills it)."""
-    seconds = []
+    """Seconds from the start of `tunesmith train` to its first step and to that step's end, tokens in the cache (a first run fills it)."""
+    begun, ended = [], []
     for number in range(runs + 1):
         with tempfile.TemporaryDirectory() as folder:
             tree = recipe_of(replace(case, data=[case.start]), setting, f"{folder}/run")
@@ -132,8 +132,9 @@ def started(bench: Bench, case: Case, setting: Setting, runs: int) -> Result:
             bench.run(["-m", "tunesmith", "train", str(recipe)], {})
             first = json.loads(Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
         if number:
-            seconds.append(first["first_step_seconds"])
-    return {**spread(seconds), "tokens_of_the_step": first["tokens"], "seconds_of_the_step": first["seconds"]}
+            begun.append(first["first_step_seconds"] - first["seconds"])
+            ended.append(first["first_step_seconds"])
+    return {"to_the_step": spread(begun), "to_its_end": spread(ended), "tokens_of_the_step": first["tokens"]}
 
 
 def table(case: Case, found: Result) -> None:
@@ -155,8 +156,9 @@ def table(case: Case, found: Result) -> None:
     shares = f"{ranged(ours['share'], percent):>24}{ranged(trl['share'], percent):>24}"
     say(f"{'share of the measured GEMM':<28}{shares}{'':>8}{percent(SHARE[0]):>8}{percent(SHARE[1]):>9}")
     if found["start"]:
-        seconds = ranged(found["start"], lambda value: f"{value:.2f}")
-        say(f"{'start to first step, s':<28}{seconds:>24}{'':>32}{START[0]:>8.0f}{START[1]:>9.0f}")
+        begun, ended = (ranged(found["start"][key], lambda value: f"{value:.2f}") for key in ("to_the_step", "to_its_end"))
+        say(f"{'start to first step, s':<28}{begun:>24}{'':>32}{START[0]:>8.0f}{START[1]:>9.0f}")
+        say(f"{'start to its end, s':<28}{ended:>24}")
     if lean := found["sides"].get("lean"):
         ratios = (lean[key]["median"] / trl[key]["median"] for key in ("tokens_per_s", "memory_gb"))
         say("ours within {:.1f} of TRL's memory: {} tokens/s {:.2f}x, memory {:.2f}x, share {}, settings {}".format(

@@ -112,7 +112,7 @@ def test_check_reports_every_problem_and_the_ledger(capsys, rows, tmp_path):
     report = json.loads(out)
     assert status == 0
     assert report["problems"] == []
-    assert report["origin"]["model.base"] == "file"
+    assert report["origin"]["model.base"] == report["origin"]["run.out"] == "set"
     assert report["origin"]["optim.eps"] == "default"
     assert report["recipe"]["model"]["base"] == "pocket"
     bad = rows.with_name("bad.jsonl")

@@ -167,7 +167,9 @@ def test_the_base_of_an_adapter_is_what_it_started_from(base: Opened, tuned: Ope
         assert report.scores[0].base_value == pytest.approx(evaluate_policy(same, ["perplexity"], dialogs()).scores[0].value)
 
 
-def test_a_whole_model_is_scored_beside_the_base_that_its_card_names(base: Opened, folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_whole_model_is_scored_beside_the_base_that_its_card_names(
+    base: Opened, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = plain(folders["base"])
     with torch.no_grad():
         trained.lm_head.weight.mul_(0.5)
@@ -182,8 +184,12 @@ def test_a_whole_model_is_scored_beside_the_base_that_its_card_names(base: Opene
     assert [result.score.base_value for result in report.results] == pytest.approx([score.value for score in alone.scores])
     assert report.scores[0].value != pytest.approx(alone.scores[0].value)
     write_card(tmp_path / "final", replace(card, base=str(tmp_path / "gone")))
-    with pytest.raises(ModelError, match="the base that this run records") as caught:
-        evaluate(str(tmp_path), tasks, dialogs(), max_new_tokens=4, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("tunesmith.evals.run.measure", lambda *_, **__: pytest.fail("the model was measured before its base was looked for"))
+        with pytest.raises(ModelError, match="the base that this run records") as caught:
+            evaluate(str(tmp_path), tasks, dialogs(), max_new_tokens=4, device="cpu")
+        with pytest.raises(ModelError, match="gone"):
+            evaluate(str(tmp_path), tasks, dialogs(), base=str(tmp_path / "gone"), max_new_tokens=4, device="cpu")
     assert "--base none" in caught.value.remedy
     assert evaluate(str(tmp_path), tasks, dialogs(), base="none", max_new_tokens=4, device="cpu").scores == alone_scores(report.scores)
 

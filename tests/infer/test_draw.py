@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tunesmith.core.errors import RecipeError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.infer.draw import Asked, check_settings, draw
+from tunesmith.model import native
 
 SIZES = (50, 3001)
 DRAWS, ROWS = 20480, 512
@@ -42,6 +44,12 @@ MORE = {
     "presence wanted": {"presence_penalty": -1.5, "frequency_penalty": -0.4},
 }
 SETTINGS = MAIN | MORE
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["compiled", "operations"])
+def _way(request: pytest.FixtureRequest) -> Iterator[None]:
+    with native.switched(request.param):
+        yield
 
 
 def logits_of(size: int, seed: int = 0, spread: float = 2.0) -> np.ndarray:
@@ -216,6 +224,20 @@ def test_log_probs_are_the_models_own_and_tops_are_the_likeliest(size: int) -> N
         best = np.argsort(-logp)[:count]
         assert [token for token, _ in tops] == best.tolist()
         assert [value for _, value in tops] == pytest.approx(logp[best].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [5, 300, 512])
+def test_logits_that_are_not_finite_show_in_the_log_probability(odd: float, size: int) -> None:
+    for place in (0, size // 2, size - 1):
+        logits = torch.from_numpy(logits_of(size))[None].repeat(3, 1)
+        logits[1, place] = odd
+        for settings in ({"temperature": 0.0}, {}, {"temperature": 0.3}):
+            drawn = draw(logits, [Asked(SampleSettings(**settings))] * 3, [0.4, 0.5, 1.0])
+            assert np.isfinite(drawn.logprobs).tolist() == [True, False, True]
+            assert 0 <= drawn.tokens[1] < size
+    nothing = torch.full((1, size), float("-inf"))
+    assert not np.isfinite(draw(nothing, [Asked(SampleSettings())], [0.5]).logprobs[0])
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import RecipeError, did_you_mean
-from tunesmith.core.load import Loaded, load_recipe, load_tree, set_values
+from tunesmith.core.load import Loaded, flatten, load_recipe, load_tree, set_values
 
 # What a method is called -> the objective's row; NAME trains a LoRA adapter, NAME-qlora one on a base in 4 bits, NAME-full all weights.
 OBJECTIVES = {
@@ -39,11 +39,11 @@ def load_words(
     Raises RecipeError when neither or both are given, or a part of the short form is missing.
     """
     short = {"--method": method, "--model": model, "--data": data, "--out": out, "--template": template}
-    given = [name for name, value in short.items() if value is not None]
+    named = [name for name, value in short.items() if value is not None]
     if recipe is not None:
-        if given:
+        if named:
             raise RecipeError(
-                f"a recipe file and {', '.join(given)} are given together",
+                f"a recipe file and {', '.join(named)} are given together",
                 where="tunesmith train",
                 remedy="change values of a recipe with --set, e.g. --set model.base=...",
                 code="usage",
@@ -72,5 +72,6 @@ def load_words(
         "objective": row["objective"],
         "run": {"out": out},
     }
+    given = [path for path, _ in flatten(tree)]
     tree, paths = set_values(tree, words)
-    return load_tree(tree, where="command line", set_paths=paths)
+    return load_tree(tree, where="command line", set_paths=[*given, *paths])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -100,6 +101,9 @@ def evaluate(
     check_truths(parsed, cases)
     opened = open_model(model, template=template, device=device)
     name, way = _base_of(opened, base)
+    if name is not None and way is None:
+        with _telling_which(name, recorded=base is None):
+            load_tokenizer(name)  # a base that is not there is said now, not after the model was measured
     logger.info("evaluating %s on %d rows: %s", model, len(cases), ", ".join(task.label for task in parsed))
     ours = measure(opened, parsed, cases, max_new_tokens=max_new_tokens)
     theirs, comparable = None, True
@@ -194,13 +198,21 @@ def _base_of(opened: Opened, asked: str | None) -> tuple[str | None, str | None]
 def _open_beside(opened: Opened, name: str, template: str, device: str, *, recorded: bool) -> tuple[Opened, bool]:
     """The base, with the model's tokenizer and template when the tokens are the same ones; and whether they are."""
     dtype: Literal["bf16", "fp32"] = "bf16" if str(opened.policy.dtype) == "torch.bfloat16" else "fp32"
-    try:
+    with _telling_which(name, recorded=recorded):
         same = _same_tokens(load_tokenizer(name), opened.tokenizer)
         opened.policy.model.to("cpu")
         gc.collect()
         if not same:
             return open_model(name, template=template, device=device), False
         policy = load_policy(name, dtype=dtype, device=device)
+    return Opened(policy, opened.tokenizer, opened.template, resolve(name), None), True
+
+
+@contextlib.contextmanager
+def _telling_which(name: str, *, recorded: bool) -> Iterator[None]:
+    """An error of a base that nobody has named says where the name comes from."""
+    try:
+        yield
     except ModelError as error:
         if not recorded:
             raise
@@ -210,7 +222,6 @@ def _open_beside(opened: Opened, name: str, template: str, device: str, *, recor
             remedy="name it with --base, or score the model alone with --base none",
             code=error.code,
         ) from error
-    return Opened(policy, opened.tokenizer, opened.template, resolve(name), None), True
 
 
 def _same_tokens(left: Any, right: Any) -> bool:

@@ -193,7 +193,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """One line a number, for people."""
-        found = [f"{self.n} rows, mean score {_shown(self.mean)}"]
+        found = [f"{self.n} {'row' if self.n == 1 else 'rows'}, mean score {_shown(self.mean)}"]
         if self.accuracy is not None and self.margin is not None:
             found.append(f"chosen over rejected in {_shown(self.accuracy)} of pairs, by {_shown(self.margin)} on the mean")
         return found

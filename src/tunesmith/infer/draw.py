@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import RecipeError
 from tunesmith.core.ports import SampleSettings
+from tunesmith.model import native
 
 BLOCKS = (256, 64)  # probabilities are summed by blocks of the vocabulary first
 CANDIDATES = (64, 1024, 8192)  # of the likeliest tokens, that top_p is looked for in before the whole vocabulary is sorted
@@ -45,25 +46,36 @@ def draw(logits: Tensor, rows: Sequence[Asked], uniform: Sequence[float]) -> Dra
     The sum runs in vocabulary order, in float64 from block to block, so that neither the batch nor a near tie can reorder it. `logits`
     is left as it is.
     """
-    blocks = _by_block(logits)
-    most = blocks.amax(-1).amax(-1)
-    weights = (blocks - most[:, None, None]).exp_()
-    sums = weights.sum(-1).double()
-    log_total = most.double() + sums.sum(-1).log()
-    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    greedy = [i for i, row in enumerate(rows) if row.settings.temperature == 0 and not _changes(row)]
-    plain = [i for i, row in enumerate(rows) if row.settings.temperature == 1 and not _changes(row) and not _narrows(row.settings)]
     numbers = torch.tensor(uniform, dtype=torch.float64, device=logits.device)
-    if greedy:
-        _fill(tokens, greedy, _argmax(_rows(blocks, greedy)))
-    if plain:
-        _fill(tokens, plain, _invert(_rows(weights, plain), _rows(sums, plain), _rows(numbers, plain)))
-    rest = sorted(set(range(len(rows))) - set(greedy) - set(plain))
+    kernels = native.kernels(torch.float32) if logits.device.type == "cpu" else None
+    if kernels is None:
+        tokens, log_total, rest = _by_operations(logits, rows, numbers)
+    else:
+        rest = [i for i, row in enumerate(rows) if _changes(row) or (row.settings.temperature != 0 and _narrows(row.settings))]
+        left = set(rest)
+        warmth = torch.tensor([0.0 if i in left else row.settings.temperature for i, row in enumerate(rows)])
+        tokens, log_total = kernels.draw(logits, warmth, numbers)
     if rest:
         chosen = [rows[i] for i in rest]
         _fill(tokens, rest, _narrowed(_rows(logits, rest), chosen, _rows(numbers, rest)))
     logprobs = logits.gather(1, tokens[:, None])[:, 0].double() - log_total
     return Drawn(tokens.tolist(), logprobs.tolist(), _tops(logits, log_total, rows))
+
+
+def _by_operations(logits: Tensor, rows: Sequence[Asked], numbers: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """What the compiled function does, in PyTorch's: tokens [B], the log of the sum of e^logit [B], and the rows that have no token yet."""
+    blocks = _by_block(logits)
+    most = blocks.amax(-1).amax(-1)
+    weights = (blocks - most[:, None, None]).exp_()
+    sums = weights.sum(-1).double()
+    tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
+    greedy = [i for i, row in enumerate(rows) if row.settings.temperature == 0 and not _changes(row)]
+    plain = [i for i, row in enumerate(rows) if row.settings.temperature == 1 and not _changes(row) and not _narrows(row.settings)]
+    if greedy:
+        _fill(tokens, greedy, _argmax(_rows(blocks, greedy)))
+    if plain:
+        _fill(tokens, plain, _invert(_rows(weights, plain), _rows(sums, plain), _rows(numbers, plain)))
+    return tokens, most.double() + sums.sum(-1).log(), sorted(set(range(len(rows))) - set(greedy) - set(plain))
 
 
 def check_settings(settings: SampleSettings, vocabulary: int | None = None) -> None:

@@ -69,6 +69,8 @@ class Kernels:
             call = self._calls[function] = library[f"{function}_{name}"]
             call.argtypes = [_KINDS[kind] for kind in signature] + [ctypes.c_int]
             call.restype = None
+        self._draw = library["draw"]
+        self._draw.argtypes, self._draw.restype = [*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None
         self._step = library[f"step_{name}"]
         self._step.argtypes, self._step.restype = [ctypes.c_void_p], None
 
@@ -150,6 +152,19 @@ class Kernels:
         self._calls["product"](
             ctypes.addressof(product), x.data_ptr(), out.data_ptr(), kind, len(x), added, at(places), *multiply, torch.get_num_threads()
         )
+
+    def draw(self, logits: Tensor, warmth: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """A token of each row [B] of logits [B, V] in fp32, and the log of the sum of e^logit [B] in fp64.
+
+        The likeliest one where warmth [B] (fp32) is 0, else by inversion of softmax(logits / warmth) at the number [B] (fp64) in 0..1.
+        """
+        logits = logits.contiguous()
+        tokens, totals = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.float64)
+        self._draw(
+            logits.data_ptr(), warmth.data_ptr(), uniform.data_ptr(), tokens.data_ptr(), totals.data_ptr(), *_rows(logits),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return tokens, totals
 
     def step(self, step: ctypes.Structure) -> None:
         """All layers over one new token of every row, as a Step of cpp/step.cpp says."""

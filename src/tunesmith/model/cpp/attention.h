@@ -21,28 +21,38 @@ inline Vec sums_of(Vec (&v)[L]) {
            __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// The weighted sum of values for N queries.
+// Numbers to be read soon, W from `at` on.
+template <int W, class T>
+inline void ask_row(const T* at) {
+    for (size_t byte = 0; byte < W * sizeof(T); byte += 64) ask(reinterpret_cast<const char*>(at) + byte);
+}
+
+// The weighted sum of values for N queries; `next` [seen, W] is read after them.
 template <class T, int W, int N>
-void gather(const float* weights, int64_t stride, const T* values, int64_t seen, const float* times, T* out) {
+void gather(const float* weights, int64_t stride, const T* values, int64_t seen, const float* times, T* out, const T* next) {
     constexpr int parts = W / L;
     Vec total[N][parts] = {};
-    for (int64_t t = 0; t < seen; t++)
+    for (int64_t t = 0; t < seen; t++) {
+        ask_row<W>(next + t * W);
         for (int i = 0; i < parts; i++) {
             Vec value = load(values + t * W + i * L);
             for (int g = 0; g < N; g++) total[g][i] += value * weights[g * stride + t];
         }
+    }
     for (int g = 0; g < N; g++)
         for (int i = 0; i < parts; i++) store(out + g * W + i * L, total[g][i] * times[g]);
 }
 
 // One row's new token and one key head: its queries [group, W] over `seen` keys. `scores` has room for MOST_GROUPED * (seen + 16) numbers.
+// `next` are the keys that follow.
 template <class T, int W>
-void look(const Vec* query, int64_t group, const T* keys, const T* values, int64_t seen, float scale, float* scores, T* out) {
+void look(const Vec* query, int64_t group, const T* keys, const T* values, int64_t seen, float scale, float* scores, T* out, const T* next) {
     constexpr int parts = W / L;
     const int64_t stride = (seen + L - 1) / L * L;
     Vec block[L][parts];
     for (int64_t t = 0; t < seen; t += L) {
         int64_t count = std::min<int64_t>(L, seen - t);
+        for (int64_t k = 0; k < count; k++) ask_row<W>(values + (t + k) * W);
         for (int64_t k = 0; k < L; k++)
             for (int i = 0; i < parts; i++) block[k][i] = k < count ? load(keys + (t + k) * W + i * L) : Vec{};
         for (int64_t g = 0; g < group; g++) {
@@ -72,10 +82,10 @@ void look(const Vec* query, int64_t group, const T* keys, const T* values, int64
         times[g] = 1.0f / sum_of(sum);
     }
     int64_t g = 0;  // the totals of some queries at a time stay in registers
-    for (; g + 4 <= group; g += 4) gather<T, W, 4>(scores + g * stride, stride, values, seen, times + g, out + g * W);
-    if (group - g == 3) gather<T, W, 3>(scores + g * stride, stride, values, seen, times + g, out + g * W);
-    if (group - g == 2) gather<T, W, 2>(scores + g * stride, stride, values, seen, times + g, out + g * W);
-    if (group - g == 1) gather<T, W, 1>(scores + g * stride, stride, values, seen, times + g, out + g * W);
+    for (; g + 4 <= group; g += 4) gather<T, W, 4>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
+    if (group - g == 3) gather<T, W, 3>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
+    if (group - g == 2) gather<T, W, 2>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
+    if (group - g == 1) gather<T, W, 1>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
 }
 
 // One head as the product gives it, normed where there is a weight, and turned.
@@ -103,7 +113,7 @@ template <class T, int W>
 void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, T* keys,
             T* values, T* out, int64_t key_heads, int64_t group, int64_t window, float scale, float* scores) {
     Vec query[MOST_GROUPED * W / L];
-#pragma omp for schedule(dynamic, 1) collapse(2) nowait
+#pragma omp for schedule(static, 1) nowait
     for (int64_t row = 0; row < pool.rows; row++)
         for (int64_t k = 0; k < key_heads; k++) {
             const T *from = joined + row * (group + 2) * key_heads * W, *c = cos + row * W, *s = sin + row * W;
@@ -116,7 +126,9 @@ void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const
             }
             head<T, W>(from + (group * key_heads + k) * W, key_norm, eps, c, s, own_keys + at * W);
             std::memcpy(own_values + at * W, from + ((group + 1) * key_heads + k) * W, W * sizeof(T));
-            look<T, W>(query, group, own_keys + low * W, own_values + low * W, at + 1 - low, scale, scores, out + (row * key_heads + k) * group * W);
+            const int64_t other = row + omp_get_num_threads();
+            const T *first_key = own_keys + low * W, *next = k + 1 < key_heads ? first_key + pool.slot * W : other < pool.rows ? keys + other * key_heads * pool.slot * W + low * W : first_key;
+            look<T, W>(query, group, first_key, own_values + low * W, at + 1 - low, scale, scores, out + (row * key_heads + k) * group * W, next);
         }
 }
 

@@ -1,11 +1,13 @@
 // Products with weights in blocks, and all decoder layers of a sampling step in one go; the arithmetic of cached_layer.py.
 //
-// The products themselves are oneDNN's, through PyTorch's `brgemm`, whose address native.py hands over: it multiplies a few rows by one block
-// of weights. Everything around them happens to a block's outputs while they are in the cache. native.py says what every field is.
+// The products themselves are matrix.h's for a few rows on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
+// address native.py hands over: it multiplies rows by one block of weights. Everything around them happens to a block's outputs while they
+// are in the cache. native.py says what every field is.
 #include <initializer_list>
 #include <vector>
 
 #include "attention.h"
+#include "matrix.h"
 
 namespace {
 
@@ -62,6 +64,17 @@ struct Input {
     const float* scale;
 };
 
+struct Share {
+    int64_t begin, end;
+};
+
+// This thread's half blocks of a product; of a gated one both halves of a block go together.
+inline Share share(const Product& product) {
+    const int64_t together = product.gated ? 2 : 1, count = (product.outputs + B - 1) / B * 2 / together;
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    return {count * me / threads * together, count * (me + 1) / threads * together};
+}
+
 // The adapters' part of an output column: small [ranks] of this row times B.
 template <class T>
 inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t column) {
@@ -76,36 +89,61 @@ inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t 
 }
 
 // Blocks of a product shared among the threads that are here, nobody waits for the others: out(row, column, values, how many of them count).
+// `next` is what this team multiplies after it, if that is known.
 template <class T, class Out>
 void multiply(const Product& product, Input input, int64_t rows, Multiply call, const Lora* lora, const int64_t* places, const float* small,
-              Out out) {
+              Out out, const Product* next = nullptr) {
     alignas(64) float room[ROWS * B];
-    const int64_t k = product.inputs, half = product.outputs / 2, each_input = product.scale ? 1 : sizeof(T);
-    const int64_t blocks = (product.outputs + B - 1) / B, parts = (rows + ROWS - 1) / ROWS;
+    const int64_t k = product.inputs, half = product.outputs / 2, each_input = product.scale ? 1 : sizeof(T), size = B * k * each_input;
+    const int64_t parts = (rows + ROWS - 1) / ROWS;
+    const char *from = static_cast<const char*>(input.data), *weights = static_cast<const char*>(product.weight);
+    // What is done to outputs [count, begin to end] of a block, those of `count` rows from `first` on.
+    auto finish = [&](int64_t block, int64_t first, int64_t count, int64_t begin, int64_t end) {
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t i = begin; i < end; i += L) {
+                int64_t column = block * B + i, left = product.outputs - column;
+                if (product.gated) column = block * B / 2 + (i < B / 2 ? i : half + i - B / 2), left = L;
+                if (left <= 0) break;
+                Vec value = load(room + r * B + i);
+                if (product.scale) {
+                    Ints whole, shift;
+                    std::memcpy(&whole, room + r * B + i, sizeof(whole));
+                    std::memcpy(&shift, product.shift + column, sizeof(shift));
+                    value = __builtin_convertvector(whole - shift, Vec) * load(product.scale + column) * input.scale[first + r];
+                }
+                if (product.bias) value += load(product.bias + column);
+                if (lora && lora->a && places[first + r] >= 0)
+                    value += adapted<T>(*lora, places[first + r], small + (first + r) * lora->ranks, column);
+                out(first + r, column, value, left);
+            }
+    };
+#ifdef MATRIX_UNIT
+    if (rows > 0 && rows <= FEW && (product.scale || sizeof(T) == 2) && matrix_unit()) {
+        auto half_at = [](const Product& of, int64_t number, int64_t bytes) {
+            return static_cast<const char*>(of.weight) + number / 2 * bytes + number % 2 * HALF;
+        };
+        const Share own = share(product);
+        shape_tiles(std::min(rows, 2 * TILE));
+        for (int64_t number = own.begin; number < own.end; number++) {
+            const char* then = number + 1 < own.end ? half_at(product, number + 1, size) : nullptr;
+            if (!then && next) then = half_at(*next, share(*next).begin, B * next->inputs * each_input);
+            auto work = product.scale ? half_block<true> : half_block<false>;
+            work(rows, from, k * each_input, half_at(product, number, size), room + number % 2 * B / 2, size / DEEP, then);
+            if (!product.gated) finish(number / 2, 0, rows, number % 2 * B / 2, (number % 2 + 1) * B / 2);
+            else if (number % 2) finish(number / 2, 0, rows, 0, B);
+        }
+        _tile_release();
+        return;
+    }
+#endif
+    const int64_t blocks = (product.outputs + B - 1) / B;
     for (int64_t group = 0; group < parts; group += PARTS) {  // rows that stay in the cache while the weights pass by
 #pragma omp for schedule(static) collapse(2) nowait
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t part = group; part < std::min(parts, group + PARTS); part++) {
                 const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
-                call(count, B, k, k, B, B, false, static_cast<const char*>(input.data) + first * k * each_input,
-                     static_cast<const char*>(product.weight) + block * B * k * each_input, room, product.scale || sizeof(T) == 2);
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t i = 0; i < B; i += L) {
-                        int64_t column = block * B + i, left = product.outputs - column;
-                        if (product.gated) column = block * B / 2 + (i < B / 2 ? i : half + i - B / 2), left = L;
-                        if (left <= 0) break;
-                        Vec value = load(room + r * B + i);
-                        if (product.scale) {
-                            Ints whole, shift;
-                            std::memcpy(&whole, room + r * B + i, sizeof(whole));
-                            std::memcpy(&shift, product.shift + column, sizeof(shift));
-                            value = __builtin_convertvector(whole - shift, Vec) * load(product.scale + column) * input.scale[first + r];
-                        }
-                        if (product.bias) value += load(product.bias + column);
-                        if (lora && lora->a && places[first + r] >= 0)
-                            value += adapted<T>(*lora, places[first + r], small + (first + r) * lora->ranks, column);
-                        out(first + r, column, value, left);
-                    }
+                call(count, B, k, k, B, B, false, from + first * k * each_input, weights + block * size, room, product.scale || sizeof(T) == 2);
+                finish(block, first, count, 0, B);
             }
     }
 }
@@ -274,7 +312,8 @@ void step(const Step& s) {
         auto run = [&](const Layer& layer, int which, const T* rows, auto out) {
             const Product& product = layer.product[which];
             const Input input = product.scale ? Input{bytes, scale} : Input{rows, nullptr};
-            multiply<T>(product, input, s.rows, s.multiply, &layer.lora[which], s.places, small, out);
+            const Product* next = which < 3 ? &product + 1 : &layer + 1 < s.layers + s.depth ? (&layer + 1)->product : nullptr;
+            multiply<T>(product, input, s.rows, s.multiply, &layer.lora[which], s.places, small, out, next);
 #pragma omp barrier
         };
         auto add = [&](int64_t row, int64_t column, Vec value, int64_t) {
