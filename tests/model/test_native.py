@@ -328,6 +328,26 @@ def test_every_row_of_a_whole_step_goes_through_its_adapter(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "offset", "width"), [(1, 0, 1), (16, 0, 16), (5, 3, 8), (40, 0, 40), (33, 64, 97), (64, 500, 564), (8, 2, 40)]
+)
+def test_rows_look_back_as_a_masked_softmax_does(dtype: torch.dtype, rows: int, offset: int, width: int) -> None:
+    scores = 4 * normal(6, rows, width, seed=rows).to(dtype)
+    hidden = torch.arange(width)[None] > torch.arange(rows)[:, None] + offset
+    scores[:, hidden] = float("nan")  # nobody reads what nobody sees
+    want = torch.softmax(scores.double().masked_fill(hidden, float("-inf")), -1)
+    kernels = native.kernels(dtype)
+    assert kernels is not None
+    kernels.look_back(scores, offset)
+    assert not scores[:, hidden].any()
+    torch.testing.assert_close(scores.double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 3e-6, atol=1e-30)
+    odd = normal(1, 2, 20, seed=3).to(dtype)
+    odd[0, 1, 0] = float("nan")
+    kernels.look_back(odd, 18)
+    assert odd.isnan().any(-1).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "gated"), [([48, 16], False), ([64, 64], True), ([7], False), ([200], False)])
 def test_blocked_products_are_pytorchs(dtype: torch.dtype, outputs: list[int], gated: bool) -> None:
     weights = [normal(size, 64, seed=i) for i, size in enumerate(outputs)]

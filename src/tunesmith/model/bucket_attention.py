@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.model import native
 from tunesmith.model.layout import STEP, Block, Layout
 
 KEEP_BYTES = 64 << 20  # attention weights of one layer above this size are computed again in the backward pass
@@ -119,6 +120,10 @@ def _weights(q: Tensor, k: Tensor, block: Block, low: int, window: int) -> Tenso
     """softmax(q k^T) over what each row may see: [documents * K, G * rows, keys]."""
     scores = torch.bmm(q, k.transpose(1, 2))
     seen, offset = scores.view(-1, block.rows, k.shape[1]), block.low - low
+    fast = native.kernels(scores.dtype) if scores.is_cpu and not window and not block.hidden else None
+    if fast is not None:
+        fast.look_back(seen, offset)
+        return scores
     if window:
         seen.add_(_bias(block.rows, k.shape[1], offset, window, q.dtype))
     else:

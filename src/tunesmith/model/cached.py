@@ -38,6 +38,7 @@ class Pool:
         self.slots = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._addresses: np.ndarray[Any, Any] | None = None
         self._seen: tuple[int, int, int] = (0, 0, 0)
         self._sights: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -46,6 +47,7 @@ class Pool:
         self.rows.append(row)
         if len(self.rows) > self.slots:
             self.slots = max(FIRST_SLOTS, 2 * self.slots)
+            self._addresses = None
             for held in (self.keys, self.values):
                 for layer, old in held.items():
                     held[layer] = _zeros((self.slots, *old.shape[1:]), old)
@@ -59,6 +61,13 @@ class Pool:
                 # Zeros, not chance: what is masked gets weight zero, and zero times NaN would be NaN.
                 held[layer] = _zeros((self.slots, like.shape[-2], self.width, like.shape[-1]), like)
         return self.keys[layer], self.values[layer]
+
+    def addresses(self, layers: Sequence[int], like: Tensor) -> np.ndarray[Any, Any]:
+        """Where the keys and the values of each layer begin, [2, layers]; `like` [.., heads, width] as for `room`."""
+        if self._addresses is None or self._addresses.shape[1] != len(layers):
+            rooms = [self.room(layer, like, like) for layer in layers]
+            self._addresses = np.array([[key.data_ptr() for key, _ in rooms], [value.data_ptr() for _, value in rooms]], np.int64)
+        return self._addresses
 
     def sight(self, layer: int, rows: int, seen: int) -> tuple[Tensor, Tensor]:
         """The first `seen` keys and values of the first `rows` rows; made once for the many steps that look the same."""

@@ -48,6 +48,7 @@ _SIGNATURES = {
     "gate_backward": "PPPPPN",
     "turn": "PPPPPNN",
     "soften": "PPPNNN",
+    "look_back": "PNNNN",
     "product": "PPPNNPPPP",
     "turn_rows": "PPPPPFNNNN",
 }
@@ -122,6 +123,11 @@ class Kernels:
     def soften(self, logits: Tensor, targets: Tensor, logp: Tensor, slope: bool) -> None:
         """Log-probabilities [N] (fp32) of targets [N] from logits [N, V] in T; with `slope`, one-hot minus softmax in their place."""
         self._calls["soften"](logits.data_ptr(), targets.data_ptr(), logp.data_ptr(), slope, *_rows(logits), torch.get_num_threads())
+
+    def look_back(self, scores: Tensor, offset: int) -> None:
+        """Softmax of scores [.., R, E] in T over what each row sees, in place: row i the first i + offset + 1, and the rest is 0."""
+        rows, width = scores.shape[-2:]
+        self._calls["look_back"](scores.data_ptr(), scores.numel() // width, rows, offset, width, torch.get_num_threads())
 
     def turn_rows(
         self, joined: Tensor, rotary: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None, eps: float, heads: int, keys: int

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class WholeStep:
 
     def __init__(self, layers: Sequence[Ready]) -> None:
         self.layers = list(layers)
+        self._numbers = [ready.number for ready in layers]
         self._layers = (_Layer * len(layers))()
         self._stacks: list[Any] = []
         self._own = any(part.a is not None for ready in layers for part in ready.parts)
@@ -83,19 +85,16 @@ class WholeStep:
             return False
         like = x.new_empty(0, first.keys, _width(first), dtype=first.dtype)
         pools = (_Pool * len(feed.parts))()
-        count = len(self.layers) * len(pools)
-        keys, values = (_P * count)(), (_P * count)()
+        held = np.empty((2, len(self.layers), len(pools)), np.int64)
         for number, (pool, part, _) in enumerate(feed.parts):
             pools[number] = _Pool(part.stop - part.start, pool.width, feed.past(number).data_ptr())
-            for i, ready in enumerate(self.layers):
-                key, value = pool.room(ready.number, like, like)
-                keys[i * len(pools) + number], values[i * len(pools) + number] = key.data_ptr(), value.data_ptr()
+            held[:, :, number] = pool.addresses(self._numbers, like)
         for layer, window in zip(self._layers, windows, strict=True):
             layer.cos, layer.sin, layer.window = rotary[0].data_ptr(), rotary[1].data_ptr(), window
         places = x.new_zeros(len(x), dtype=torch.int64) if feed.mix is None else feed.mix.places
         kernels.step(
             _Step(
-                *multiply, ctypes.addressof(self._layers), ctypes.addressof(pools), ctypes.addressof(keys), ctypes.addressof(values),
+                *multiply, ctypes.addressof(self._layers), ctypes.addressof(pools), held[0].ctypes.data, held[1].ctypes.data,
                 places.data_ptr(), x.data_ptr(), len(self.layers), len(pools), len(x), x.shape[1], first.keys, first.heads // first.keys,
                 _width(first), feed.longest, torch.get_num_threads(),
             )

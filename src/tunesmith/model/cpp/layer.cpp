@@ -111,6 +111,38 @@ void soften(T* logits, const int64_t* targets, float* logp, int64_t slope, int64
     }
 }
 
+// Softmax of each row over what it sees, in place: of `rows` rows of a matrix [rows, width] row i sees the first i + offset + 1, and the rest is 0.
+template <class T>
+void look_back(T* scores, int64_t count, int64_t rows, int64_t offset, int64_t width, int threads) {
+#pragma omp parallel num_threads(crew(threads, count* width))
+    {
+        std::unique_ptr<float[]> held(new float[width + L]);
+        float* shares = held.get();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < count; row++) {
+            T* at = scores + row * width;
+            const int64_t seen = std::min(width, row % rows + offset + 1), whole = seen / L * L;
+            float tail[L];
+            for (int64_t i = 0; i < L; i++) tail[i] = whole + i < seen ? wide(at[whole + i]) : -std::numeric_limits<float>::infinity();
+            Vec most = load(tail), sum{};
+            for (int64_t i = 0; i < whole; i += L) {
+                Vec next = load(at + i);
+                most = next > most ? next : most;
+            }
+            const float top = most_of(most);
+            for (int64_t i = 0; i <= whole; i += L) {
+                Vec share = exponential((i < whole ? load(at + i) : load(tail)) - top);
+                store(shares + i, share);
+                sum += share;
+            }
+            const float times = 1.0f / sum_of(sum);
+            for (int64_t i = 0; i < whole; i += L) store(at + i, load(shares + i) * times);
+            if (seen > whole) store(at + whole, load(shares + whole) * times, seen - whole);
+            std::memset(static_cast<void*>(at + seen), 0, (width - seen) * sizeof(T));
+        }
+    }
+}
+
 }  // namespace
 
 #define EACH(T, NAME)                                                                                                                 \
@@ -135,6 +167,9 @@ void soften(T* logits, const int64_t* targets, float* logp, int64_t slope, int64
     extern "C" void soften_##NAME(T* logits, const int64_t* targets, float* logp, int64_t slope, int64_t rows, int64_t width,         \
                                   int threads) {                                                                                      \
         soften<T>(logits, targets, logp, slope, rows, width, threads);                                                                \
+    }                                                                                                                                 \
+    extern "C" void look_back_##NAME(T* scores, int64_t count, int64_t rows, int64_t offset, int64_t width, int threads) {            \
+        look_back<T>(scores, count, rows, offset, width, threads);                                                                    \
     }
 
 EACH(float, float32)
