@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +260,10 @@ def _compile(compiler: str, place: Path) -> None:
         # The OpenMP that PyTorch brings, under whatever name: with another one beside it two teams of threads would fight for the cores.
         openmp = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
         made = Path(folder) / place.name
-        commands.append([compiler, "-shared", *(str(part) for _, part in parts), *openmp, "-o", str(made)])
-        for command in commands:
-            subprocess.run(command, capture_output=True, check=True, timeout=SECONDS)
+        run = functools.partial(subprocess.run, capture_output=True, check=True, timeout=SECONDS)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(run, commands))
+        run([compiler, "-shared", *(str(part) for _, part in parts), *openmp, "-o", str(made)])
         made.replace(place)
 
 
