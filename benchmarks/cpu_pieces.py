@@ -1,9 +1,10 @@
 """The single operations behind our choices on a CPU, timed alone: best of some repetitions, in milliseconds.
 
 Attention of packed documents against PyTorch's own one document at a time (forward and backward, bf16, 9 query and 3 key heads of
-64), with glibc keeping freed memory or not; an addition in fp32 and bf16; norms, gates and log-probabilities by our compiled functions
-and by PyTorch's operations; products with weights as they are, packed by oneDNN, and in int8; a sampling step of 32 rows with 164 tokens
-each on the shape of SmolLM2-135M in one compiled function and by PyTorch's operations, and its products alone in large and small pages.
+64), with glibc keeping freed memory or not; an addition in fp32 and bf16; norms, gates, log-probabilities, attention and draws by our
+compiled functions and by PyTorch's operations; products with weights as they are, packed by oneDNN, and in int8; a sampling step of 32
+rows with 164 tokens each on the shape of SmolLM2-135M in one compiled function and by PyTorch's operations, and its products alone in large
+and small pages.
 Usage: python benchmarks/cpu_pieces.py [--default-malloc] [--out records/NAME.json]
 """
 
@@ -21,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Fast
+from tunesmith.infer.draw import Asked, draw
 from tunesmith.model import huge_pages, native
 from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.bucket_attention import bucket_attention
@@ -98,18 +101,34 @@ def elementwise() -> dict[str, float]:
 
 
 def compiled() -> dict[str, dict[str, float]]:
-    """Our functions and PyTorch's operations: norm [1024, 576], gate [1024, 1536], log-probabilities [128, 49152] with their gradients."""
+    """Our functions and PyTorch's operations.
+
+    Norm [1024, 576], gate [1024, 1536], log-probabilities [128, 49152] with their gradients, attention of 16 documents of 100 tokens
+    without and with its gradients, and the draw of 32 tokens from 49,152 at two temperatures.
+    """
     x, weight, dy = torch.randn(1024, 576), torch.ones(576).bfloat16(), torch.randn(1024, 576).bfloat16()
     _, unit, inverse = rms_norm(x, weight, 1e-5)
     inner, up, d = (torch.randn(1024, 1536).bfloat16() for _ in range(3))
     hidden, head = torch.randn(128, 576).bfloat16().requires_grad_(), torch.randn(49152, 576).bfloat16()
     targets = torch.randint(0, 49152, (128,))
-    works = {
+    layout = Layout([100] * 16, torch.device("cpu"))
+    qkv = [torch.randn(layout.total, heads, 64).bfloat16().requires_grad_() for heads in (9, 3, 3)]
+    slope, logits, uniform = torch.randn(layout.total, 9, 64).bfloat16(), 3 * torch.randn(32, 49152), torch.rand(32).tolist()
+
+    def look_back(backwards: bool) -> None:
+        out = bucket_attention(qkv[0], qkv[1], qkv[2], layout, 0.125, 0)
+        if backwards:
+            torch.autograd.grad(out, qkv, slope)
+
+    works: dict[str, Callable[[], object]] = {
         "norm": lambda: rms_norm(x, weight, 1e-5),
         "norm's gradient": lambda: rms_norm_backward(dy, unit, inverse, weight, False),
         "gate": lambda: gate(inner, up),
         "gate's gradient": lambda: gate_backward(d, inner, up),
         "log-probabilities": lambda: token_logprobs(hidden, head, None, targets, HeadForm(), torch.bfloat16),
+        "attention": lambda: look_back(False),
+        "attention and its gradients": lambda: look_back(True),
+        **{f"draw at temperature {heat}": partial(draw, logits, [Asked(SampleSettings(1, heat))] * 32, uniform) for heat in (0.0, 0.7)},
     }
     found: dict[str, dict[str, float]] = {name: {} for name in works}
     for on in (True, False):

@@ -101,19 +101,20 @@ def evaluate(
     check_truths(parsed, cases)
     opened = open_model(model, template=template, device=device)
     name, way = _base_of(opened, base)
+    theirs, comparable = None, True
     if name is not None and way is None:
-        with _telling_which(name, recorded=base is None):
-            load_tokenizer(name)  # a base that is not there is said now, not after the model was measured
+        with _telling_which(name, recorded=base is None):  # a base that is not there is said now, not after the model was measured
+            comparable = _same_tokens(load_tokenizer(name), opened.tokenizer)
     logger.info("evaluating %s on %d rows: %s", model, len(cases), ", ".join(task.label for task in parsed))
     ours = measure(opened, parsed, cases, max_new_tokens=max_new_tokens)
-    theirs, comparable = None, True
     settings = _settings(opened, parsed, cases, seed, max_new_tokens)
     if way == DISABLED:
         logger.info("evaluating its base: the same model with the adapter switched off")
         with opened.policy.adapter_disabled():
             theirs = measure(opened, parsed, cases, max_new_tokens=max_new_tokens)
     elif name is not None:
-        beside, comparable = _open_beside(opened, name, template, device, recorded=base is None)
+        with _telling_which(name, recorded=base is None):
+            beside = _open_beside(opened, name, template, device, same_tokens=comparable)
         logger.info("evaluating its base %s", name)
         theirs = measure(beside, parsed, cases, max_new_tokens=max_new_tokens)
     return _report(model, name, parsed, cases, ours, theirs, settings, samples, comparable, started)
@@ -195,17 +196,14 @@ def _base_of(opened: Opened, asked: str | None) -> tuple[str | None, str | None]
     return (recorded, None) if trained_on else (recorded, DISABLED)
 
 
-def _open_beside(opened: Opened, name: str, template: str, device: str, *, recorded: bool) -> tuple[Opened, bool]:
-    """The base, with the model's tokenizer and template when the tokens are the same ones; and whether they are."""
+def _open_beside(opened: Opened, name: str, template: str, device: str, *, same_tokens: bool) -> Opened:
+    """The base, with the model's tokenizer and template when the tokens are the same ones; the model itself makes room for it."""
+    opened.policy.model.to("cpu")
+    gc.collect()
+    if not same_tokens:
+        return open_model(name, template=template, device=device)
     dtype: Literal["bf16", "fp32"] = "bf16" if str(opened.policy.dtype) == "torch.bfloat16" else "fp32"
-    with _telling_which(name, recorded=recorded):
-        same = _same_tokens(load_tokenizer(name), opened.tokenizer)
-        opened.policy.model.to("cpu")
-        gc.collect()
-        if not same:
-            return open_model(name, template=template, device=device), False
-        policy = load_policy(name, dtype=dtype, device=device)
-    return Opened(policy, opened.tokenizer, opened.template, resolve(name), None), True
+    return Opened(load_policy(name, dtype=dtype, device=device), opened.tokenizer, opened.template, resolve(name), None)
 
 
 @contextlib.contextmanager

@@ -113,23 +113,23 @@ template <class T, int W>
 void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, T* keys,
             T* values, T* out, int64_t key_heads, int64_t group, int64_t window, float scale, float* scores) {
     Vec query[MOST_GROUPED * W / L];
+    const int64_t apart = pool.slot * W, heads = pool.rows * key_heads, team = omp_get_num_threads();
 #pragma omp for schedule(static, 1) nowait
-    for (int64_t row = 0; row < pool.rows; row++)
-        for (int64_t k = 0; k < key_heads; k++) {
-            const T *from = joined + row * (group + 2) * key_heads * W, *c = cos + row * W, *s = sin + row * W;
-            const int64_t at = pool.past[row], low = window ? std::max<int64_t>(0, at + 1 - window) : 0;
-            T *own_keys = keys + (row * key_heads + k) * pool.slot * W, *own_values = values + (row * key_heads + k) * pool.slot * W;
-            T turned[W];
-            for (int64_t g = 0; g < group; g++) {
-                head<T, W>(from + (k * group + g) * W, query_norm, eps, c, s, turned);
-                for (int i = 0; i < W / L; i++) query[g * W / L + i] = load(turned + i * L);
-            }
-            head<T, W>(from + (group * key_heads + k) * W, key_norm, eps, c, s, own_keys + at * W);
-            std::memcpy(own_values + at * W, from + ((group + 1) * key_heads + k) * W, W * sizeof(T));
-            const int64_t other = row + omp_get_num_threads();
-            const T *first_key = own_keys + low * W, *next = k + 1 < key_heads ? first_key + pool.slot * W : other < pool.rows ? keys + other * key_heads * pool.slot * W + low * W : first_key;
-            look<T, W>(query, group, first_key, own_values + low * W, at + 1 - low, scale, scores, out + (row * key_heads + k) * group * W, next);
+    for (int64_t number = 0; number < heads; number++) {  // in turn, so that a thread knows which keys it reads next
+        const int64_t row = number / key_heads, k = number % key_heads;
+        const T *from = joined + row * (group + 2) * key_heads * W, *c = cos + row * W, *s = sin + row * W;
+        const int64_t at = pool.past[row], low = window ? std::max<int64_t>(0, at + 1 - window) : 0;
+        T *own_keys = keys + number * apart, *own_values = values + number * apart;
+        T turned[W];
+        for (int64_t g = 0; g < group; g++) {
+            head<T, W>(from + (k * group + g) * W, query_norm, eps, c, s, turned);
+            for (int i = 0; i < W / L; i++) query[g * W / L + i] = load(turned + i * L);
         }
+        head<T, W>(from + (group * key_heads + k) * W, key_norm, eps, c, s, own_keys + at * W);
+        std::memcpy(own_values + at * W, from + ((group + 1) * key_heads + k) * W, W * sizeof(T));
+        const T* next = number + team < heads ? own_keys + team * apart : own_keys;
+        look<T, W>(query, group, own_keys + low * W, own_values + low * W, at + 1 - low, scale, scores, out + number * group * W, next + low * W);
+    }
 }
 
 }  // namespace

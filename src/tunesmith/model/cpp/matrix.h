@@ -34,18 +34,23 @@ inline bool matrix_unit() {
     return may;
 }
 
+// What was stored is in memory from here on: GCC's functions for tiles do not tell the compiler that they read it (seen with 12).
+inline void settle() { asm volatile("" ::: "memory"); }
+
 // Tiles 0 to 3 hold sums, two beside each other for each sixteen of at most 32 rows; 4 and 5 rows, 6 and 7 weights.
 inline void shape_tiles(int64_t rows) {
     Shape shape;
     for (int i = 0; i < 8; i++) shape.bytes[i] = LINE, shape.rows[i] = TILE;
     shape.rows[0] = shape.rows[1] = shape.rows[4] = uint8_t(std::min(rows, TILE));
     if (rows > TILE) shape.rows[2] = shape.rows[3] = shape.rows[5] = uint8_t(rows - TILE);
+    settle();
     _tile_loadconfig(&shape);
 }
 
 // Up to 16 rows, or with TWO up to 32. `next` is half a block too, or null.
 template <bool SMALL, bool TWO>
 void few_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const char* next) {
+    settle();
     _tile_zero(0);
     _tile_zero(1);
     if (TWO) _tile_zero(2);
