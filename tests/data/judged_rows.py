@@ -12,6 +12,7 @@ from tunesmith.data.prepare import check_rows, prepare
 PAIRS, PAIR_ENDS = Wanted("pairs"), Wanted("pairs", "ends")
 LABELS, LABEL_ENDS, KTO = Wanted("labels"), Wanted("labels", "ends"), Wanted("labels", mismatched=True)
 STEPS = Wanted("steps", "ends")
+PAIRS_THROUGHOUT, LABELS_THROUGHOUT = Wanted("pairs", "throughout"), Wanted("labels", "throughout")
 
 
 def recipe(train, *, data=None, tokens=None, model=None):

@@ -8,7 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
-from judged_rows import KTO, LABEL_ENDS, LABELS, PAIR_ENDS, PAIRS, STEPS, codes, label, pair, recipe, refusal, trained
+from judged_rows import KTO, LABEL_ENDS, LABELS, LABELS_THROUGHOUT, PAIR_ENDS, PAIRS, STEPS, codes, label, pair, recipe, refusal, trained
 from rich.console import Console
 
 from tunesmith.core.recipe import Source, TokenLimits
@@ -46,6 +46,14 @@ def test_labelled_answers_have_their_roles_and_are_counted(write, tokenizer):
         assert row.streams["value"].tolist() == [0.0] * (len(row) - 1) + [verdict]
 
 
+def test_throughout_every_token_has_the_row_s_value(write, tokenizer):
+    path = write("a.jsonl", VERDICTS)
+    answers, read = (prepare(recipe(path), tokenizer, wanted).train for wanted in (LABELS, LABELS_THROUGHOUT))
+    for answer, row, verdict in zip(answers, read, (1.0, 0.0, 1.0, 0.0, 1.0), strict=True):
+        assert row.train.tolist() == [*answer.train[:-1], 1.0]
+        assert row.streams["value"].tolist() == (row.train * verdict).tolist()
+
+
 def test_scores_are_for_the_ends_alone(write, tokenizer):
     path = write("a.jsonl", [{"prompt": "a", "completion": "b", "score": 3.5}, {"prompt": "a", "completion": "c", "score": -1}])
     assert codes(recipe(path), tokenizer, LABELS)[0] == ["score_no_label"] * 2 + ["no_rows"]
@@ -54,7 +62,7 @@ def test_scores_are_for_the_ends_alone(write, tokenizer):
     assert done.ledger.parts[0].labels == {"scored": 2}
 
 
-@pytest.mark.parametrize("wanted", [LABELS, LABEL_ENDS, KTO])
+@pytest.mark.parametrize("wanted", [LABELS, LABEL_ENDS, LABELS_THROUGHOUT, KTO])
 @pytest.mark.parametrize("verdict", [True, False])
 def test_one_label_alone_teaches_nothing(write, tokenizer, wanted, verdict):
     path = write("a.jsonl", [label("a", "x", verdict), label("b", "y", verdict)])

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from judged_rows import LABELS, PAIR_ENDS, PAIRS, STEPS, codes, pair, recipe, refusal, trained
+from judged_rows import LABELS, PAIR_ENDS, PAIRS, PAIRS_THROUGHOUT, STEPS, codes, pair, recipe, refusal, trained
 
 from tunesmith.core.errors import RecipeError
 from tunesmith.data.prepare import check_rows, prepare
@@ -47,6 +47,16 @@ def test_at_the_ends_the_last_token_of_the_conversation_is_read(write, tokenizer
     (part,) = done.ledger.parts
     assert +part.trained == {"assistant": 4}
     assert [(reason.code, reason.count) for reason in part.reasons] == [("margin", 1)]
+
+
+def test_throughout_every_token_of_the_answer_is_read_and_the_end_last(write, tokenizer):
+    path = write("a.jsonl", [pair("hi", "hello", "no", margin=2.5)])
+    answers, read = (prepare(recipe(path), tokenizer, wanted).train for wanted in (PAIRS, PAIRS_THROUGHOUT))
+    for answer, row in zip(answers, read, strict=True):
+        assert row.ids.tolist() == answer.ids.tolist()
+        assert answer.train[-1] == 0, "the template writes something behind the answer, which is no target but where a head reads"
+        assert row.train.tolist() == [*answer.train[:-1], 1.0]
+        assert row.streams["margin"].tolist() == [2.5] * len(row)
 
 
 MULTI = pair(

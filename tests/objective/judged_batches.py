@@ -81,11 +81,11 @@ def labels(n=6, seed=0, **more):
     return say(batch_of(label_rows(n, seed=seed, **more), seed=seed), seed + 1)
 
 
-def scored(n=5, seed=0, margin=True):
-    """Pairs whose last token alone is scored."""
+def scored(n=5, seed=0, margin=True, throughout=False):
+    """Pairs whose last token alone is scored, or every token of the answers (`throughout`)."""
     batch = batch_of(pair_rows(n, seed), reference=False, seed=seed)
     rng = np.random.default_rng(seed + 7)
-    ends = np.zeros_like(batch.train)
+    ends = batch.train.copy() if throughout else np.zeros_like(batch.train)
     margins = np.zeros_like(batch.train)
     for place, segment in enumerate(batch.segments):
         ends[segment.stop - 1] = 1
@@ -111,9 +111,10 @@ def said_for(term, n=5, seed=0):
     """Rows of the kind that a term asks for."""
     if "score" not in term.needs:
         return labels(n, seed) if "labels" in term.needs else pairs(n, seed)
+    throughout = "every_token" in term.needs
     if "pairs" in term.needs:
-        return scored(n, seed)
-    return valued(n, seed, each=3 if "steps" in term.needs else 1)
+        return scored(n, seed, throughout=throughout)
+    return valued(n, seed, each=3 if "steps" in term.needs or throughout else 1)
 
 
 def reorder(said, order):

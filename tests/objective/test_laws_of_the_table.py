@@ -18,6 +18,7 @@ ROWS = list(OBJECTIVES)
 WHOLE = {"aot", "aot_pair", "bco_pair", "kto", "bco"}
 OVER_ROWS = [name for name in ROWS if hasattr(OBJECTIVES[name].function, "collect")]
 REFERENCED = [name for name in ROWS if "reference" in OBJECTIVES[name].needs]
+THROUGHOUT = [("reward", {"token_weight": 0.7}), ("reward_classes", {"token_weight": 0.7})]  # read at every token
 PAIRED = [name for name in OVER_ROWS if "pairs" in OBJECTIVES[name].needs]
 
 
@@ -59,9 +60,9 @@ def test_every_row_has_a_sentence_a_paper_and_settings_with_defaults(name):
     methods([Named(name=name, **{key: value for key, value in entry.settings().items() if key not in idle})])
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_the_order_of_rows_changes_nothing(name):
-    term = method(name)
+@pytest.mark.parametrize(("name", "settings"), [*((name, {}) for name in ROWS), *THROUGHOUT])
+def test_the_order_of_rows_changes_nothing(name, settings):
+    term = method(name, **settings)
     said = said_for(term)
     loss = term.function(said.outputs, said.batch)
     order = list(range(len(said.batch.segments)))
@@ -75,20 +76,22 @@ def test_the_order_of_rows_changes_nothing(name):
         assert found.metrics[key] == (pytest.approx(value, abs=1e-9), weight)
 
 
-@pytest.mark.parametrize("lengths", ["sum", "mean", "desensitised"])
-def test_positions_in_any_order_are_the_same_positions(lengths):
-    term, said = method("dpo", lengths=lengths), pairs(5)
+@pytest.mark.parametrize(("name", "settings"), [*(("dpo", {"lengths": way}) for way in ("sum", "mean", "desensitised")), *THROUGHOUT])
+def test_positions_in_any_order_are_the_same_positions(name, settings):
+    term = method(name, **settings)
+    said = said_for(term)
     order = torch.randperm(len(said.leaf), generator=torch.Generator().manual_seed(0))
     o = said.outputs
-    mixed = Outputs(logp=said.leaf[order], index=o.index[order], train=o.train[order], row=o.row[order])
+    held = {"logp": said.leaf[order]} if o.score is None else {"logp": o.logp, "score": said.leaf[order]}
+    mixed = Outputs(index=o.index[order], train=o.train[order], row=o.row[order], **held)
     found, loss = term.function(mixed, said.batch), term.function(o, said.batch)
     torch.testing.assert_close(found.sum, loss.sum, atol=1e-12, rtol=0)
     torch.testing.assert_close(slope_of(found, said), slope_of(loss, said), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name not in WHOLE])
-def test_micro_batches_add_up(name):
-    term = method(name)
+@pytest.mark.parametrize(("name", "settings"), [*((name, {}) for name in ROWS if name not in WHOLE), *THROUGHOUT])
+def test_micro_batches_add_up(name, settings):
+    term = method(name, **settings)
     said = said_for(term, 6)
     loss = term.function(said.outputs, said.batch)
     whole, slope, total, metrics = float(loss.sum.detach()), slope_of(loss, said), 0.0, {}
@@ -269,6 +272,8 @@ def test_bad_values_of_single_rows():
     refused("bad_value", "objective.1.ld_alpha", name="dpo", lengths="desensitised", ld_alpha=1.5)
     refused("bad_value", "objective.1.undesirable_weight", name="kto", undesirable_weight=0)
     refused("bad_value", "objective.1.shift", name="bco_pair", shift="mean")
+    refused("bad_value", "objective.1.token_weight", name="reward", token_weight=-1)
+    refused("unknown_setting", "objective.1.token_weight", name="reward_regression", token_weight=1)
     refused("unread_setting", "objective.1.ld_alpha", name="dpo", ld_alpha=0.5)
     refused("unread_setting", "objective.1.alpha_coefficient", name="dpo", divergence="js", alpha_coefficient=0.5)
     refused("unknown_setting", "objective.1.divergence", name="nca", divergence="js")
@@ -292,6 +297,9 @@ def test_terms_of_one_recipe_agree():
     assert wanted(together("nll", "bco")) == Wanted("labels")
     assert wanted(together("bco", "kto")) == Wanted("labels", mismatched=True)
     assert wanted(together("reward")) == Wanted("pairs", "ends")
+    assert wanted([method("reward", token_weight=0)]) == Wanted("pairs", "ends")
+    assert wanted([method("reward", token_weight=0.5)]) == Wanted("pairs", "throughout")
+    assert wanted([method("reward_classes", token_weight=0.5)]) == Wanted("labels", "throughout")
     assert wanted(together("reward_regression")) == Wanted("labels", "ends")
     assert wanted(together("prm")) == Wanted("steps", "ends")
 

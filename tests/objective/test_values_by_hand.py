@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from judged_batches import batch_of, label_rows, labels, method, pair_rows, pairs, say, scored, valued
@@ -176,6 +177,42 @@ def test_reward_classes():
     found = assert_gives(said, method("reward_classes"), sum(entropy(s, y) for s, y in numbers(said)))
     assert found.count == "sequences"
     assert found.metrics["accuracy"] == (sum((s > 0) == (y > 0.5) for s, y in numbers(said)), 6.0)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_a_reward_that_learns_from_every_token():
+    """Bradley-Terry at the ends of the answers, and so many times the mean of both answers' mean cross-entropies."""
+    said = scored(5, throughout=True)
+    rows, leaf, row = said.batch.segments, said.leaf.tolist(), said.outputs.row.tolist()
+    scores = [[s for s, of in zip(leaf, row, strict=True) if of == place] for place in range(len(rows))]
+    assert max(map(len, scores)) > 1
+    total, right = 0.0, 0
+    for place in range(0, len(rows), 2):
+        assert [rows[place].role, rows[place + 1].role] == ["chosen", "rejected"]
+        margin = float(said.batch.streams["margin"][rows[place].start])
+        chosen, rejected = scores[place], scores[place + 1]
+        gap, both = chosen[-1] - rejected[-1], chosen[-1] + rejected[-1]
+        total += -math.log(sigmoid(gap - margin)) + 0.01 * both**2
+        total += 0.7 * (mean([entropy(s, 1) for s in chosen]) + mean([entropy(s, 0) for s in rejected])) / 2
+        right += gap > 0
+    found = assert_gives(said, method("reward", token_weight=0.7, centre=0.01), total)
+    assert found.count == "pairs"
+    assert found.metrics["accuracy"] == (right, 5.0)
+    assert found.metrics["score_mean"] == (pytest.approx(sum(s[-1] for s in scores)), 10.0)
+
+
+def test_a_verifier_that_learns_from_every_token():
+    batch = batch_of([(3, 1, "", ""), (2, 4, "", ""), (1, 3, "", "")], reference=False)
+    values = np.repeat([1.0, 0.0, 0.25], [4, 6, 4]).astype(np.float32)
+    said = say(replace(batch, streams={"value": values}), score=True)
+    s = said.leaf.tolist()
+    whole = [(s[0:1], 1.0), (s[1:5], 0.0), (s[5:8], 0.25)]
+    total = sum(entropy(scores[-1], y) + 0.7 * mean([entropy(s, y) for s in scores]) for scores, y in whole)
+    found = assert_gives(said, method("reward_classes", token_weight=0.7), total)
+    assert found.metrics["accuracy"] == (sum((scores[-1] > 0) == (y > 0.5) for scores, y in whole), 3.0)
 
 
 def test_prm():

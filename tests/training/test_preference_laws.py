@@ -26,6 +26,15 @@ from tunesmith.training.step import Budget, Sums, _slopes, counts_of, gradient_s
 
 KINDS = ["full", "lora"]
 ROWS = [name for name in OBJECTIVES if name != "nll"]
+THROUGHOUT = {
+    "reward throughout": {"name": "reward", "token_weight": 0.5},
+    "classes throughout": {"name": "reward_classes", "token_weight": 1},
+}
+
+
+def objective(name):
+    """An objective of the table, or one that learns from every token of an answer."""
+    return THROUGHOUT.get(name, {"name": name})
 
 
 def prompt(n):
@@ -52,9 +61,9 @@ def wish(tree, tmp_path):
     """wish(objective, adapter, ...): a recipe of that objective over rows of the kind that it asks for."""
 
     def make(name: str, adapter: str, out: str = "run", **more):
-        kind = wanted(methods([Named(name=name)])).kind
+        kind = wanted(methods([Named(**objective(name))])).kind
         made = tree(adapter, out, **more)
-        made["objective"] = [{"name": name}]
+        made["objective"] = [objective(name)]
         made["data"] = {
             "train": str(write(tmp_path / f"{kind}.jsonl", kind, 24)),
             "validation": str(write(tmp_path / "v.jsonl", kind, 6, 100)),
@@ -102,7 +111,7 @@ def assert_same(found, truth, limit):
 
 
 @pytest.mark.parametrize("adapter", KINDS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *THROUGHOUT])
 def test_micro_batches_layouts_and_fronts_change_nothing(built, name, adapter):
     """Packed with shared prompts, packed without, padded; in one micro-batch or in many: one loss, one gradient."""
     terms, rows, policy = built(name, adapter)
@@ -133,7 +142,7 @@ def result_of(settings):
     return safetensors.torch.load_file(run / "checkpoints/step-000006/weights.safetensors"), metrics
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "aot", "reward", "prm"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "aot", "reward", "reward throughout", "prm"])
 @pytest.mark.parametrize("adapter", KINDS)
 def test_a_stopped_run_goes_on_bit_for_bit(wish, name, adapter, monkeypatch):
     settings = {"steps": 6, "save_every": 2, "eval_every": 3, "neftune_alpha": 3.0}
@@ -157,7 +166,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(wish, name, adapter, monkeypatch):
     assert [[row.get(n) for n in names] for row in before] == [[row.get(n) for n in names] for row in after]
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", "reward"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "reward", "reward throughout"])
 def test_two_ranks_are_one(wish, name, tmp_path):
     settings = {"steps": 6, "save_every": 0, "eval_every": 3}
     one, two = wish(name, "lora", "one", **settings), wish(name, "lora", "two", micro_tokens=64, **settings)

@@ -139,6 +139,7 @@ class Ranked:
 
 Example = Dialog | Text | Pair | Labelled | Steps | Ranked
 Kind = Literal["dialogs", "pairs", "labels", "steps"]
+Position = Literal["answers", "ends", "throughout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +147,13 @@ class Wanted:
     """What an objective asks of the data.
 
     `kind` of rows; `at` which positions carry weight: every token of the answers, as targets, or the last token of the rendered
-    conversation (the end of every step, for steps), where a reward head reads; `mismatched`: each labelled answer is accompanied
-    by the answer of another row to the same prompt (role "mismatched"), for KTO's estimate of the KL divergence.
+    conversation (the end of every step, for steps), where a reward head reads, or both, where it learns throughout; `mismatched`: each
+    labelled answer is accompanied by the answer of another row to the same prompt (role "mismatched"), for KTO's estimate of the KL
+    divergence.
     """
 
     kind: Kind = "dialogs"
-    at: Literal["answers", "ends"] = "answers"
+    at: Position = "answers"
     mismatched: bool = False
 
 

@@ -1,7 +1,8 @@
 """Pairs, labelled answers and solutions in steps as tokens: which side is which, where it carries weight, and what stands beside it.
 
 At "answers" the answer's tokens are trained, as in a dialog whose earlier turns are context. At "ends" one token is: the last of
-the rendered conversation, where a reward head reads, or the one that ends each step.
+the rendered conversation, where a reward head reads, or the one that ends each step. "throughout" is both, for a head that learns from
+every token of an answer.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def mark(judged: Judged, sides: Sequence[Rendered], wanted: Wanted) -> list[Rend
     if isinstance(judged, Steps):
         places = _step_ends(judged, side)
         return [_read_at(side, places, {"value": _at(side, places, judged.values)})]
-    if wanted.at == "ends":
-        last = [len(side.tokens) - 1]
-        return [_read_at(side, last, {"value": _at(side, last, [judged.value])})]
+    if wanted.at != "answers":
+        places = _read_places(side, wanted)
+        return [_read_at(side, places, {"value": _at(side, places, judged.value)})]
     if judged.value not in (0.0, 1.0):
         raise DataError(
             f"the label is {judged.value}, and this objective learns from a yes or no",
@@ -125,12 +126,19 @@ def _pair(pair: Pair, sides: Sequence[Rendered], wanted: Wanted) -> list[Rendere
     margin = pair.margin or 0.0
     if pair.margin is not None:
         named = [replace(side, notes=(*side.notes, "margin")) for side in named]
-    return [_read_at(side, [len(side.tokens) - 1], {"margin": np.full(len(side.tokens), margin, dtype=np.float32)}) for side in named]
+    streams = [{"margin": np.full(len(side.tokens), margin, dtype=np.float32)} for side in named]
+    return [_read_at(side, _read_places(side, wanted), stream) for side, stream in zip(named, streams, strict=True)]
 
 
 def first_trained(tokens: Tokens) -> int:
     """Where the answer begins."""
     return int(np.flatnonzero(tokens.train)[0])
+
+
+def _read_places(side: Rendered, wanted: Wanted) -> list[int]:
+    """Where a reward head reads one answer: its end, and before that every token of the answer where the head learns from all."""
+    last = len(side.tokens) - 1
+    return [*(place for place in np.flatnonzero(side.tokens.train).tolist() if wanted.at == "throughout" and place < last), last]
 
 
 def _step_ends(steps: Steps, side: Rendered) -> list[int]:
@@ -163,7 +171,7 @@ def _step_ends(steps: Steps, side: Rendered) -> list[int]:
     return places
 
 
-def _at(side: Rendered, places: Sequence[int], values: Sequence[float]) -> npt.NDArray[np.float32]:
+def _at(side: Rendered, places: Sequence[int], values: float | Sequence[float]) -> npt.NDArray[np.float32]:
     out = np.zeros(len(side.tokens), dtype=np.float32)
     out[list(places)] = values
     return out

@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.core.errors import BugError, RecipeError
 from tunesmith.core.recipe import Named
 from tunesmith.core.table import Entry, Table
-from tunesmith.core.types import Batch, Kind, Loss, Outputs, Wanted
+from tunesmith.core.types import Batch, Kind, Loss, Outputs, Position, Wanted
 from tunesmith.objective import labels, pairs, rewards
 from tunesmith.objective.checks import check_values
 from tunesmith.objective.rows import Rows
@@ -73,8 +73,9 @@ class Method:
     """One term of the training loss: the function with its settings bound, its weight, and what it needs.
 
     needs: the kind of data ("pairs", "labels", "steps"), "reference" (a stream of log-probabilities), "score" (a reward head),
-    "mismatched" (rows with another row's answer), "whole_step": the loss is no sum over micro-batches, so that `loss` must see the rows
-    of the whole step, joined from what `collect` gives of each micro-batch. Both raise BugError for a term that is not over rows.
+    "every_token" (the head is read throughout the answers), "mismatched" (rows with another row's answer), "whole_step": the loss is no
+    sum over micro-batches, so that `loss` must see the rows of the whole step, joined from what `collect` gives of each micro-batch. Both
+    raise BugError for a term that is not over rows.
     """
 
     name: str
@@ -103,7 +104,8 @@ def methods(objectives: Sequence[Named]) -> list[Method]:
         check_values(named.name, entry.settings(), settings, where, getattr(entry.function, "lengths", ()))
         collect, loss = (getattr(entry.function, part, _not_over_rows) for part in ("collect", "loss"))
         bound = (partial(function, **settings) for function in (collect, loss))
-        found.append(Method(named.name, partial(entry.function, **settings), named.weight, entry.needs, *bound))
+        needs = entry.needs | ({"every_token"} if settings.get("token_weight") else frozenset())
+        found.append(Method(named.name, partial(entry.function, **settings), named.weight, needs, *bound))
     _demand_agreement(found)
     return found
 
@@ -132,4 +134,5 @@ def _kind(needs: frozenset[str]) -> Kind:
 def wanted(terms: Sequence[Method]) -> Wanted:
     """What these terms ask of the data."""
     needs = frozenset[str]().union(*(term.needs for term in terms))
-    return Wanted(_kind(needs), "ends" if "score" in needs else "answers", "mismatched" in needs)
+    at: Position = "throughout" if "every_token" in needs else "ends" if "score" in needs else "answers"
+    return Wanted(_kind(needs), at, "mismatched" in needs)

@@ -19,6 +19,7 @@ RANGES: dict[str, Range] = {
     "gamma": NOT_NEGATIVE,
     "centre": NOT_NEGATIVE,
     "nll_weight": NOT_NEGATIVE,
+    "token_weight": NOT_NEGATIVE,
     "label_smoothing": (lambda value: 0 <= value < 0.5, "of at least 0 and below 0.5"),
     "ld_alpha": SHARE,
     "alpha_coefficient": SHARE,

@@ -12,21 +12,27 @@ from tunesmith.objective.rows import match, sums, values_of
 from tunesmith.objective.sequences import read, right
 
 
-def reward(outputs: Outputs, batch: Batch, *, centre: float = 0.0) -> Loss:
-    """Bradley-Terry over pairs: -log sigma(s_w - s_l - margin) + centre (s_w + s_l)^2.
+def reward(outputs: Outputs, batch: Batch, *, centre: float = 0.0, token_weight: float = 0.0) -> Loss:
+    """Bradley-Terry over pairs: -log sigma(s_w - s_l - margin) + centre (s_w + s_l)^2, s read at the end of each conversation.
 
     margin is the row's (stream "margin", 0 without one). Bradley 1952; Stiennon 2020, arXiv:2009.01325, equation 1; margin: Touvron
     2023, arXiv:2307.09288, equation 2; centring: Eisenstein 2023, arXiv:2312.09244, equation 2, 0.01 in TRL's advice.
+    token_weight adds so many times the cross-entropy of sigma(s) at every token of the answers, which is to be 1 in chosen and 0 in
+    rejected ones, a mean over each answer's tokens and then over both: Cobbe 2021, arXiv:2110.14168, section 4.2.
     """
-    scores = _one_a_row(_scores(outputs), outputs, batch)
+    every = _scores(outputs)
+    scores = _at_ends(every, outputs, batch)
     places = match([segment.role for segment in batch.segments], [segment.group for segment in batch.segments])
     chosen, rejected = (torch.tensor(side, device=scores.device) for side in places)
     gap, total = scores[chosen] - scores[rejected], scores[chosen] + scores[rejected]
-    margin = _one_a_row(values_of("margin", outputs, batch), outputs, batch)[chosen] if "margin" in batch.streams else 0.0
-    losses = -F.logsigmoid(gap - margin) + centre * total.square()
+    margin = _at_ends(values_of("margin", outputs, batch), outputs, batch)[chosen] if "margin" in batch.streams else 0.0
+    loss = (-F.logsigmoid(gap - margin) + centre * total.square()).sum()
+    if token_weight:
+        good = torch.zeros_like(scores).index_fill(0, chosen, 1.0)
+        loss = loss + token_weight * _over_tokens(every, good[outputs.row], outputs, batch).sum() / 2
     n = float(len(gap))
     return Loss(
-        losses.sum(),
+        loss,
         "pairs",
         read({"accuracy": (right(gap), n), "score_margin": (gap.sum(), n), "score_mean": (scores.sum(), 2 * n)}),
     )
@@ -37,23 +43,26 @@ def reward_regression(outputs: Outputs, batch: Batch) -> Loss:
 
     Wang 2024, arXiv:2406.08673, for rewards by regression.
     """
-    scores = _one_a_row(_scores(outputs), outputs, batch)
-    error = scores - _one_a_row(values_of("value", outputs, batch), outputs, batch)
+    scores = _at_ends(_scores(outputs), outputs, batch)
+    error = scores - _at_ends(values_of("value", outputs, batch), outputs, batch)
     n = float(len(scores))
     return Loss(error.square().sum(), "sequences", read({"absolute_error": (error.abs().sum(), n), "score_mean": (scores.sum(), n)}))
 
 
-def reward_classes(outputs: Outputs, batch: Batch) -> Loss:
-    """Binary cross-entropy to the row's value y in 0..1: -y log sigma(s) - (1 - y) log sigma(-s).
+def reward_classes(outputs: Outputs, batch: Batch, *, token_weight: float = 0.0) -> Loss:
+    """Binary cross-entropy to the row's value y in 0..1: -y log sigma(s) - (1 - y) log sigma(-s), s read at the end of the conversation.
 
-    Cobbe 2021, arXiv:2110.14168, section 4.2, for verifiers.
+    Cobbe 2021, arXiv:2110.14168, section 4.2, for verifiers; token_weight adds so many times the mean of the same over the answer's tokens.
     """
     _demand_shares(batch)
-    scores = _one_a_row(_scores(outputs), outputs, batch)
-    values = _one_a_row(values_of("value", outputs, batch), outputs, batch)
+    every, targets = _scores(outputs), values_of("value", outputs, batch)
+    scores, values = (_at_ends(numbers, outputs, batch) for numbers in (every, targets))
+    loss = _cross_entropy(scores, values).sum()
+    if token_weight:
+        loss = loss + token_weight * _over_tokens(every, targets, outputs, batch).sum()
     n = float(len(scores))
     accuracy = right(scores * (values - 0.5).sign()), n
-    return Loss(_cross_entropy(scores, values).sum(), "sequences", read({"accuracy": accuracy, "score_mean": (scores.sum(), n)}))
+    return Loss(loss, "sequences", read({"accuracy": accuracy, "score_mean": (scores.sum(), n)}))
 
 
 def prm(outputs: Outputs, batch: Batch) -> Loss:
@@ -74,11 +83,20 @@ def _scores(outputs: Outputs) -> Tensor:
     return outputs.score.double()
 
 
-def _one_a_row(values: Tensor, outputs: Outputs, batch: Batch) -> Tensor:
-    """Values [K], one of each row, in the order of the rows [S]."""
-    if len(values) != len(batch.segments):
-        raise BugError(f"{len(values)} positions are scored in {len(batch.segments)} rows", where=batch.segments[0].key, code="no_score")
-    return sums(values, outputs.row, len(batch.segments))
+def _at_ends(values: Tensor, outputs: Outputs, batch: Batch) -> Tensor:
+    """Of values [K] those at the last position of each row that is read, [S] in the order of the rows."""
+    size, index, row = len(batch.segments), outputs.index, outputs.row
+    last = torch.full((size,), -1, device=index.device).scatter_reduce(0, row, index, "amax")
+    at_end = index == last[row]
+    if int(at_end.sum()) != size:
+        raise BugError(f"{int(at_end.sum())} of {size} rows are scored", where=batch.segments[0].key, code="no_score")
+    return sums(values[at_end], row[at_end], size)
+
+
+def _over_tokens(scores: Tensor, values: Tensor, outputs: Outputs, batch: Batch) -> Tensor:
+    """The mean cross-entropy [S] of each row's positions, from scores and values [K]."""
+    size = len(batch.segments)
+    return sums(_cross_entropy(scores, values), outputs.row, size) / sums(torch.ones_like(scores), outputs.row, size)
 
 
 def _demand_shares(batch: Batch) -> None:

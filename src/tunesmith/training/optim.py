@@ -60,7 +60,7 @@ def peak_lr(optim: Optim, adapter: Adapter | None, wanted: Wanted) -> float:
     """The peak learning rate: the recipe's, or what is usual for the kind of objective, adapter and optimizer."""
     if optim.lr is not None:
         return optim.lr
-    kind = "answers" if wanted.kind == "dialogs" else "scores" if wanted.at == "ends" else "preferences"
+    kind = "answers" if wanted.kind == "dialogs" else "preferences" if wanted.at == "answers" else "scores"
     usual = LEARNING_RATES[kind][0 if adapter is not None else 1] * RELATIVE.get(optim.name, 1.0)
     return usual * (OF_ADAPTERS.get(adapter.name, 1.0) if adapter is not None else 1.0)
 
