@@ -143,7 +143,7 @@ def test_products_in_8_bits_are_the_same(dtype: torch.dtype, bias: bool) -> None
         return product([normal(48, 64, seed=1), normal(16, 64, seed=2)], [normal(48, seed=3) if bias else None, None], dtype, int8=True)(x)
 
     gaps = []
-    for rows in (1, 16, 17, 32, 33, 40, 64, 65):
+    for rows in (1, 16, 17, 32, 33, 40, 64, 65, 130, 600):
         x = normal(rows, 64, dtype=dtype)
         ours, theirs = both(lambda x=x: way(x))
         assert ours.dtype == theirs.dtype == dtype
@@ -355,7 +355,7 @@ def test_rows_look_back_as_a_masked_softmax_does(dtype: torch.dtype, rows: int, 
 def test_blocked_products_are_pytorchs(dtype: torch.dtype, outputs: list[int], gated: bool) -> None:
     weights = [normal(size, 64, seed=i) for i, size in enumerate(outputs)]
     biases = [normal(size, seed=9 + i) if i == 0 else None for i, size in enumerate(outputs)]
-    for rows in (1, 8, 16, 17, 32, 33, 40, 64, 65, 200):
+    for rows in (1, 8, 16, 17, 32, 33, 40, 64, 65, 130, 200, 600):
         x = normal(rows, 64, dtype=dtype, seed=rows)
         way = product(weights, biases, dtype, gated=gated)
         assert isinstance(way, Blocked)

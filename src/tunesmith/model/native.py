@@ -193,6 +193,12 @@ def multiplier(dtype: torch.dtype) -> Multiply | None:
     return _multiplier(str(dtype).removeprefix("torch.")) if _on else None
 
 
+def in_strips() -> bool:
+    """Whether our products read weights in bf16 and int8 in strips of 32 outputs, each in one piece, instead of blocks of 64."""
+    library = _library()
+    return library is not None and bool(library["in_strips"]())
+
+
 _on = os.environ.get("TUNESMITH_NATIVE", "1") != "0"
 
 

@@ -124,14 +124,16 @@ class Blocked:
         self._bias = None if bias is None else _padded(bias.detach().to(dtype).float(), padded)
         kind = torch.int8 if int8 else dtype
         together = 4 // kind.itemsize  # inputs that stand side by side
-        self._weight = huge_pages.WEIGHTS.empty((blocks, self.inputs // together, BLOCK, together), kind)
+        strips = 2 if kind != torch.float32 and native.in_strips() else 1  # of a block
+        each = BLOCK // strips
+        self._weight = huge_pages.WEIGHTS.empty((strips * blocks, self.inputs // together, each, together), kind)
         if gated:
             halves = [part.view(blocks, BLOCK // 2, self.inputs) for part in parts]
             rows = torch.cat(halves, 1)
         else:
             whole = torch.cat(parts) if len(parts) > 1 else parts[0]
             rows = torch.cat([whole, whole.new_zeros(padded - self.outputs, self.inputs)]) if padded > self.outputs else whole
-        self._weight.copy_(rows.reshape(blocks, BLOCK, self.inputs // together, together).transpose(1, 2))
+        self._weight.copy_(rows.reshape(strips * blocks, each, self.inputs // together, together).transpose(1, 2))
         at = native.at
         self.structure = BlockedProduct(
             at(self._weight), at(self._scale), at(self._shift), at(self._bias), self.outputs, self.inputs, int(gated)

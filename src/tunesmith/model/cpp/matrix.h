@@ -1,7 +1,7 @@
-// A few rows times half a block of weights by the matrix unit of newer Intel processors, while what comes next is on its way from memory.
+// Rows times strips of 32 outputs by the matrix unit of newer Intel processors, of few rows while what comes next is on its way from memory.
 //
 // Weights that are read once a step take longer to come than to be multiplied, and a product that waits for each piece does one after the
-// other. Here the next half block is asked for between the multiplications of this one.
+// other. Here the next strip is asked for between the multiplications of this one. A strip lies in one piece, as memory gives it fastest.
 #pragma once
 #include "vectors.h"
 #if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
@@ -18,9 +18,10 @@ constexpr int64_t FEW = 64;  // rows up to which this pays
 
 constexpr int64_t TILE = 16;     // rows of a tile, each of 64 bytes
 constexpr int64_t LINE = 64;     // bytes that memory gives at once, and a tile has in a row
-constexpr int64_t PITCH = 256;   // bytes between the rows of a block's tiles: 64 outputs, two inputs in bf16 or four in 8 bits side by side
-constexpr int64_t HALF = 128;    // of them, those of half a block
-constexpr int64_t DEEP = 4096;   // bytes of a block that meet one row of a tile: 32 inputs in bf16, 64 in 8 bits
+constexpr int64_t STRIP = 32;    // outputs of a strip
+constexpr int64_t WIDTH = 128;   // bytes of a strip that lie side by side: two inputs in bf16 or four in 8 bits of each output
+constexpr int64_t DEEP = 2048;   // bytes of a strip that meet one row of a tile: 32 inputs in bf16, 64 in 8 bits
+constexpr int64_t PITCH = 256;   // bytes between rows of sums: 64 of four bytes
 
 struct alignas(64) Shape {
     uint8_t palette = 1, start = 0, none[14] = {};
@@ -47,7 +48,7 @@ inline void shape_tiles(int64_t rows) {
     _tile_loadconfig(&shape);
 }
 
-// Up to 16 rows, or with TWO up to 32. `next` is half a block too, or null.
+// Up to 16 rows, or with TWO up to 32. `next` is a strip too, or null.
 template <bool SMALL, bool TWO>
 void few_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const char* next) {
     settle();
@@ -57,11 +58,11 @@ void few_rows(const char* rows, int64_t stride, const char* weights, char* out, 
     if (TWO) _tile_zero(3);
     for (int64_t k = 0; k < depth; k++) {
         _tile_loadd(4, rows + k * LINE, stride);
-        _tile_loadd(6, weights + k * DEEP, PITCH);
-        _tile_loadd(7, weights + k * DEEP + LINE, PITCH);
+        _tile_loadd(6, weights + k * DEEP, WIDTH);
+        _tile_loadd(7, weights + k * DEEP + LINE, WIDTH);
         if (TWO) _tile_loadd(5, rows + TILE * stride + k * LINE, stride);
         if (next)
-            for (int64_t at = k * DEEP; at < (k + 1) * DEEP; at += PITCH) ask(next + at), ask(next + at + LINE);
+            for (int64_t at = k * DEEP; at < (k + 1) * DEEP; at += LINE) ask(next + at);
         if (SMALL) {
             _tile_dpbusd(0, 4, 6);
             _tile_dpbusd(1, 4, 7);
@@ -80,14 +81,15 @@ void few_rows(const char* rows, int64_t stride, const char* weights, char* out, 
     if (TWO) _tile_stored(3, out + TILE * PITCH + LINE, PITCH);
 }
 
-// Half of out [rows, 64] in four bytes each; the tiles are shaped for so many rows, or for 32 and then for the rest.
+// Half of out [rows, 64] in four bytes each, the tiles being shaped for `shaped` of them at a time.
 template <bool SMALL>
-void half_block(int64_t rows, const char* from, int64_t stride, const char* weights, void* out, int64_t depth, const char* next) {
+void strip(int64_t rows, int64_t shaped, const char* from, int64_t stride, const char* weights, void* out, int64_t depth, const char* next) {
     for (int64_t first = 0; first < rows; first += 2 * TILE, next = nullptr) {
         const int64_t count = std::min(2 * TILE, rows - first);
-        if (rows > 2 * TILE) shape_tiles(count);
+        if (count != shaped) shape_tiles(count);
         auto call = count > TILE ? few_rows<SMALL, true> : few_rows<SMALL, false>;
         call(from + first * stride, stride, weights, static_cast<char*>(out) + first * PITCH, depth, next);
+        if (count != shaped) shape_tiles(shaped);
     }
 }
 

@@ -20,7 +20,7 @@ typedef void (*Multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t l
 typedef void (*Release)(bool paired);
 
 struct Product {
-    const void* weight;    // [blocks, inputs, B], in bf16 two inputs and in 8 bits four side by side
+    const void* weight;    // [blocks, inputs, B], in bf16 two inputs and in 8 bits four side by side; in strips [2 blocks, inputs, B / 2]
     const float* scale;    // [outputs] of weights in 8 bits, otherwise null
     const int32_t* shift;  // [outputs] 128 times the sum of an output's weights in 8 bits: inputs are stored with 128 added
     const float* bias;     // [outputs] or null
@@ -68,7 +68,7 @@ struct Share {
     int64_t begin, end;
 };
 
-// This thread's half blocks of a product; of a gated one both halves of a block go together.
+// This thread's strips of a product; of a gated one both of a block go together.
 inline Share share(const Product& product) {
     const int64_t together = product.gated ? 2 : 1, count = (product.outputs + B - 1) / B * 2 / together;
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
@@ -86,6 +86,16 @@ inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t 
         for (int64_t r = 0; r < span.rank; r++) out += load(b + r * span.columns) * small[span.first + r];
     }
     return out;
+}
+
+// Whether this processor's matrix unit multiplies such weights, which then lie in strips of 32 outputs.
+template <class T>
+bool by_tiles(const Product& product) {
+#ifdef MATRIX_UNIT
+    return (product.scale || sizeof(T) == 2) && matrix_unit();
+#else
+    return false;
+#endif
 }
 
 // Blocks of a product shared among the threads that are here, nobody waits for the others: out(row, column, values, how many of them count).
@@ -117,35 +127,48 @@ void multiply(const Product& product, Input input, int64_t rows, Multiply call, 
                 out(first + r, column, value, left);
             }
     };
+    // `work` for all blocks and parts of the rows, of which some stay in the cache while the weights pass by.
+    auto blocks_of = [&](auto work) {
+        const int64_t blocks = (product.outputs + B - 1) / B;
+        for (int64_t group = 0; group < parts; group += PARTS) {
+#pragma omp for schedule(static) collapse(2) nowait
+            for (int64_t block = 0; block < blocks; block++)
+                for (int64_t part = group; part < std::min(parts, group + PARTS); part++) {
+                    const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
+                    work(block, first, count);
+                    finish(block, first, count, 0, B);
+                }
+        }
+    };
 #ifdef MATRIX_UNIT
-    if (rows > 0 && rows <= FEW && (product.scale || sizeof(T) == 2) && matrix_unit()) {
-        auto half_at = [](const Product& of, int64_t number, int64_t bytes) {
-            return static_cast<const char*>(of.weight) + number / 2 * bytes + number % 2 * HALF;
-        };
-        const Share own = share(product);
-        shape_tiles(std::min(rows, 2 * TILE));
-        for (int64_t number = own.begin; number < own.end; number++) {
-            const char* then = number + 1 < own.end ? half_at(product, number + 1, size) : nullptr;
-            if (!then && next) then = half_at(*next, share(*next).begin, B * next->inputs * each_input);
-            auto work = product.scale ? half_block<true> : half_block<false>;
-            work(rows, from, k * each_input, half_at(product, number, size), room + number % 2 * B / 2, size / DEEP, then);
-            if (!product.gated) finish(number / 2, 0, rows, number % 2 * B / 2, (number % 2 + 1) * B / 2);
-            else if (number % 2) finish(number / 2, 0, rows, 0, B);
+    if (rows > 0 && by_tiles<T>(product)) {
+        auto strip_at = [](const Product& of, int64_t number, int64_t bytes) { return static_cast<const char*>(of.weight) + number * bytes; };
+        const auto work = product.scale ? strip<true> : strip<false>;
+        const int64_t stride = k * each_input, bytes = STRIP * stride, shaped = std::min(rows, 2 * TILE);
+        shape_tiles(shaped);
+        if (rows <= FEW) {
+            const Share own = share(product);
+            for (int64_t number = own.begin; number < own.end; number++) {
+                const char* then = number + 1 < own.end ? strip_at(product, number + 1, bytes) : nullptr;
+                if (!then && next) then = strip_at(*next, share(*next).begin, STRIP * next->inputs * each_input);
+                work(rows, shaped, from, stride, strip_at(product, number, bytes), room + number % 2 * STRIP, bytes / DEEP, then);
+                if (!product.gated) finish(number / 2, 0, rows, number % 2 * STRIP, (number % 2 + 1) * STRIP);
+                else if (number % 2) finish(number / 2, 0, rows, 0, B);
+            }
+        } else {
+            blocks_of([&](int64_t block, int64_t first, int64_t count) {
+                for (int64_t side = 0; side < 2; side++)
+                    work(count, shaped, from + first * stride, stride, strip_at(product, 2 * block + side, bytes), room + side * STRIP,
+                         bytes / DEEP, nullptr);
+            });
         }
         _tile_release();
         return;
     }
 #endif
-    const int64_t blocks = (product.outputs + B - 1) / B;
-    for (int64_t group = 0; group < parts; group += PARTS) {  // rows that stay in the cache while the weights pass by
-#pragma omp for schedule(static) collapse(2) nowait
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t part = group; part < std::min(parts, group + PARTS); part++) {
-                const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
-                call(count, B, k, k, B, B, false, from + first * k * each_input, weights + block * size, room, product.scale || sizeof(T) == 2);
-                finish(block, first, count, 0, B);
-            }
-    }
+    blocks_of([&](int64_t block, int64_t first, int64_t count) {
+        call(count, B, k, k, B, B, false, from + first * k * each_input, weights + block * size, room, product.scale || sizeof(T) == 2);
+    });
 }
 
 template <class T>
@@ -385,6 +408,12 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
 
 EACH(float, float32)
 EACH(bf16, bfloat16)
+
+// Whether weights in bf16 and in 8 bits lie in strips.
+extern "C" int in_strips() {
+    Product small{};
+    return by_tiles<bf16>(small);
+}
 
 // Whether this processor can multiply in this way at all: 0 where PyTorch refuses.
 extern "C" int can_multiply(Multiply call, Release release, int64_t paired) {
