@@ -140,12 +140,16 @@ def rotary_of(cos: Tensor, sin: Tensor, feed: Feed, dtype: torch.dtype) -> tuple
     """cos and signed sin [N, 1, D] in `dtype` from transformers' [1, N, D], worked out once for all layers that share them."""
     name = ("rotary", cos.data_ptr(), sin.data_ptr(), dtype)
     if name not in feed.kept:
-        half = sin.shape[2] // 2
-        signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
-        pair = (cos[0, :, None].to(dtype).contiguous(), signed[:, None].to(dtype))
-        feed.kept[name] = (pair, (cos, sin))  # held, so that no other tensor takes their address while it is a name
+        feed.kept[name] = (signed(cos, sin, dtype), (cos, sin))  # held, so that no other tensor takes their address while it is a name
     found: tuple[tuple[Tensor, Tensor], Any] = feed.kept[name]
     return found[0]
+
+
+def signed(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin [N, 1, D] in `dtype` from transformers' [1, N, D]."""
+    half = sin.shape[2] // 2
+    negated = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
+    return cos[0, :, None].to(dtype).contiguous(), negated[:, None].to(dtype)
 
 
 def spans_of(names: Sequence[str], sizes: Sequence[int]) -> dict[str, slice]:

@@ -252,8 +252,7 @@ def states(decoder: Any, feed: NextTokens) -> Tensor | None:
         return None
     x = decoder.embed_tokens(feed.ids[None])
     with torch.autocast("cpu", enabled=False):
-        cos, sin = decoder.rotary_emb(x, feed.positions[None])
-        rotary = cached_layer.rotary_of(cos, sin, feed, fused.dtype)
+        rotary = fused.whole.angles(decoder, x, feed)
         wide_x = x[0].to(wide(fused.dtype))
         if not wide_x.is_contiguous() or not fused.whole.run(wide_x, feed, rotary, _windows(fused, feed)):
             return None

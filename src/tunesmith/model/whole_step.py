@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tunesmith.model import native
 from tunesmith.model.cached import NextTokens
-from tunesmith.model.cached_layer import Part, Ready
+from tunesmith.model.cached_layer import Part, Ready, signed
+from tunesmith.model.positions import alone_from
 from tunesmith.model.products import Blocked, BlockedProduct, RowAdapters
 
+LEAST_ANGLES = 256  # places of the first table
 MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -51,6 +53,8 @@ class WholeStep:
         self._numbers = [ready.number for ready in layers]
         self._layers = (_Layer * len(layers))()
         self._stacks: list[Any] = []
+        self._by_length: bool | None = None  # whether the angles change with the longest row
+        self._angles: tuple[Tensor, Tensor] | None = None
         self._own = any(part.a is not None for ready in layers for part in ready.parts)
         for ready, layer in zip(layers, self._layers, strict=True):
             layer.first_norm, layer.second_norm = ready.first_norm.data_ptr(), ready.second_norm.data_ptr()
@@ -76,6 +80,21 @@ class WholeStep:
             and ready.heads // ready.keys <= MOST_GROUPED
             for ready in layers
         )
+
+    def angles(self, decoder: Any, x: Tensor, feed: NextTokens) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [N, 1, D] of the new tokens; where they depend on the place alone, from a table of all places so far."""
+        dtype = self.layers[0].dtype
+        if self._by_length is None:
+            self._by_length = alone_from(decoder.config) is not None
+        if self._by_length:
+            cos, sin = decoder.rotary_emb(x, feed.positions[None])
+            return signed(cos, sin, dtype)
+        if self._angles is None or len(self._angles[0]) < feed.longest:
+            places = torch.arange(max(LEAST_ANGLES, 1 << (feed.longest - 1).bit_length()), device=x.device)
+            cos, sin = decoder.rotary_emb(x, places[None])
+            self._angles = signed(cos, sin, dtype)
+        cos, sin = self._angles
+        return cos.index_select(0, feed.positions), sin.index_select(0, feed.positions)
 
     def run(self, x: Tensor, feed: NextTokens, rotary: tuple[Tensor, Tensor], windows: Sequence[int]) -> bool:
         """Put x [N, hidden] in fp32 through all layers, in place; False where rotary or these rows' adapters are of another kind."""
