@@ -51,6 +51,25 @@ def test_log_probs_are_the_trainers(family: str) -> None:
     check_scored(engine.policy, prompts, rows)
 
 
+def test_angles_beyond_the_first_table_are_the_trainers() -> None:
+    engine = engine_on(wide(max_position_embeddings=700))
+    prompts = prompts_of((250, 5, 500))
+    rows = engine.sample(prompts, SampleSettings(20, 1.0, seed=5))
+    assert went_whole(engine)
+    check_scored(engine.policy, prompts, rows)
+
+
+def test_angles_that_change_with_the_longest_row_are_worked_out_for_each_step() -> None:
+    """A table of places beyond the limit would hold the angles of long rows."""
+    limit = 64
+    engine = engine_on(wide(max_position_embeddings=limit, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}))
+    assert engine.policy.alone_from == limit
+    prompts = prompts_of((30, 5, 12))
+    rows = engine.sample(prompts, SampleSettings(30, 1.0, seed=5))
+    assert went_whole(engine)
+    check_scored(engine.policy, prompts, rows)
+
+
 def test_the_policys_own_adapter_is_sampled_through() -> None:
     engine, prompts = engine_on(with_lora(wide(), size=0.1)), prompts_of()
     for parameter in engine.policy.parameters_by_name().values():

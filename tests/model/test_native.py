@@ -374,6 +374,27 @@ def alone(code: str, **environment: str) -> str:
     return run.stdout + run.stderr
 
 
+GUARDED = """
+import ctypes, mmap, torch
+from tunesmith.model.products import product
+page, size = mmap.PAGESIZE, 40 * mmap.PAGESIZE
+held = mmap.mmap(-1, size + page)
+at = ctypes.addressof(ctypes.c_char.from_buffer(held))
+assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(at + size), page, 0) == 0
+for rows in (1, 5, 17, 33, 40, 65, 130, 160):
+    for dtype in (torch.bfloat16, torch.float32):
+        bytes_ = rows * 64 * dtype.itemsize
+        x = torch.frombuffer(held, dtype=dtype, count=rows * 64, offset=size - bytes_).view(rows, 64).fill_(1)
+        for int8 in (False, True):
+            assert product([torch.ones(64, 64)], [None], dtype, int8=int8)(x).eq(64).all()
+print("fine")
+"""
+
+
+def test_no_product_reads_beyond_its_rows() -> None:
+    assert alone(GUARDED).strip().endswith("fine")
+
+
 ASK = (
     "import logging; logging.basicConfig(level=20, format='%(message)s'); import torch; from tunesmith.model import native; "
     "print(native.kernels(torch.float32) is None)"
