@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t FEW = 64;  // rows up to which this pays
+constexpr int64_t FEW = 64;  // rows up to which weights take longer to come than to be multiplied
 
 #ifdef MATRIX_UNIT
 
