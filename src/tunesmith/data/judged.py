@@ -126,8 +126,7 @@ def _pair(pair: Pair, sides: Sequence[Rendered], wanted: Wanted) -> list[Rendere
     margin = pair.margin or 0.0
     if pair.margin is not None:
         named = [replace(side, notes=(*side.notes, "margin")) for side in named]
-    streams = [{"margin": np.full(len(side.tokens), margin, dtype=np.float32)} for side in named]
-    return [_read_at(side, _read_places(side, wanted), stream) for side, stream in zip(named, streams, strict=True)]
+    return [_read_at(side, _read_places(side, wanted), {"margin": np.full(len(side.tokens), margin, dtype=np.float32)}) for side in named]
 
 
 def first_trained(tokens: Tokens) -> int:
@@ -138,7 +137,9 @@ def first_trained(tokens: Tokens) -> int:
 def _read_places(side: Rendered, wanted: Wanted) -> list[int]:
     """Where a reward head reads one answer: its end, and before that every token of the answer where the head learns from all."""
     last = len(side.tokens) - 1
-    return [*(place for place in np.flatnonzero(side.tokens.train).tolist() if wanted.at == "throughout" and place < last), last]
+    if wanted.at == "ends":
+        return [last]
+    return [*(place for place in np.flatnonzero(side.tokens.train).tolist() if place < last), last]
 
 
 def _step_ends(steps: Steps, side: Rendered) -> list[int]:

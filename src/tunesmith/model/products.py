@@ -99,8 +99,9 @@ class RowAdapters(ctypes.Structure):
 
 
 class Blocked:
-    """Weights in blocks of 64 outputs, as our compiled functions read them; with `int8` both sides are rounded as in `Int8`.
+    """Weights in blocks of 64 outputs, or in strips of 32 (`native.in_strips`), as our compiled functions read them.
 
+    With `int8` both sides are rounded as in `Int8`.
     `gated`: each block holds 32 outputs of the first layer and the same 32 of the second.
     """
 

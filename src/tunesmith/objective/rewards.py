@@ -20,12 +20,12 @@ def reward(outputs: Outputs, batch: Batch, *, centre: float = 0.0, token_weight:
     token_weight adds so many times the cross-entropy of sigma(s) at every token of the answers, which is to be 1 in chosen and 0 in
     rejected ones, a mean over each answer's tokens and then over both: Cobbe 2021, arXiv:2110.14168, section 4.2.
     """
-    every = _scores(outputs)
-    scores = _at_ends(every, outputs, batch)
+    every, ends = _scores(outputs), _ends(outputs, batch)
+    scores = every[ends]
     places = match([segment.role for segment in batch.segments], [segment.group for segment in batch.segments])
     chosen, rejected = (torch.tensor(side, device=scores.device) for side in places)
     gap, total = scores[chosen] - scores[rejected], scores[chosen] + scores[rejected]
-    margin = _at_ends(values_of("margin", outputs, batch), outputs, batch)[chosen] if "margin" in batch.streams else 0.0
+    margin = values_of("margin", outputs, batch)[ends][chosen] if "margin" in batch.streams else 0.0
     loss = (-F.logsigmoid(gap - margin) + centre * total.square()).sum()
     if token_weight:
         good = torch.zeros_like(scores).index_fill(0, chosen, 1.0)
@@ -43,8 +43,9 @@ def reward_regression(outputs: Outputs, batch: Batch) -> Loss:
 
     Wang 2024, arXiv:2406.08673, for rewards by regression.
     """
-    scores = _at_ends(_scores(outputs), outputs, batch)
-    error = scores - _at_ends(values_of("value", outputs, batch), outputs, batch)
+    ends = _ends(outputs, batch)
+    scores = _scores(outputs)[ends]
+    error = scores - values_of("value", outputs, batch)[ends]
     n = float(len(scores))
     return Loss(error.square().sum(), "sequences", read({"absolute_error": (error.abs().sum(), n), "score_mean": (scores.sum(), n)}))
 
@@ -55,8 +56,8 @@ def reward_classes(outputs: Outputs, batch: Batch, *, token_weight: float = 0.0)
     Cobbe 2021, arXiv:2110.14168, section 4.2, for verifiers; token_weight adds so many times the mean of the same over the answer's tokens.
     """
     _demand_shares(batch)
-    every, targets = _scores(outputs), values_of("value", outputs, batch)
-    scores, values = (_at_ends(numbers, outputs, batch) for numbers in (every, targets))
+    every, targets, ends = _scores(outputs), values_of("value", outputs, batch), _ends(outputs, batch)
+    scores, values = every[ends], targets[ends]
     loss = _cross_entropy(scores, values).sum()
     if token_weight:
         loss = loss + token_weight * _over_tokens(every, targets, outputs, batch).sum()
@@ -83,14 +84,14 @@ def _scores(outputs: Outputs) -> Tensor:
     return outputs.score.double()
 
 
-def _at_ends(values: Tensor, outputs: Outputs, batch: Batch) -> Tensor:
-    """Of values [K] those at the last position of each row that is read, [S] in the order of the rows."""
+def _ends(outputs: Outputs, batch: Batch) -> Tensor:
+    """Which of the K positions is the last one of each row, [S] in the order of the rows."""
     size, index, row = len(batch.segments), outputs.index, outputs.row
     last = torch.full((size,), -1, device=index.device).scatter_reduce(0, row, index, "amax")
-    at_end = index == last[row]
-    if int(at_end.sum()) != size:
-        raise BugError(f"{int(at_end.sum())} of {size} rows are scored", where=batch.segments[0].key, code="no_score")
-    return sums(values[at_end], row[at_end], size)
+    (ends,) = torch.where(index == last[row])
+    if len(ends) != size:
+        raise BugError(f"{len(ends)} of {size} rows are scored", where=batch.segments[0].key, code="no_score")
+    return ends[row[ends].argsort()]
 
 
 def _over_tokens(scores: Tensor, values: Tensor, outputs: Outputs, batch: Batch) -> Tensor:

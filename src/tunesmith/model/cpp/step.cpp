@@ -1,6 +1,6 @@
 // Products with weights in blocks, and all decoder layers of a sampling step in one go; the arithmetic of cached_layer.py.
 //
-// The products themselves are matrix.h's for a few rows on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
+// The products themselves are matrix.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
 // address native.py hands over: it multiplies rows by one block of weights. Everything around them happens to a block's outputs while they
 // are in the cache. native.py says what every field is.
 #include <initializer_list>
