@@ -28,7 +28,8 @@ from tunesmith.infer.draw import Asked, draw
 from tunesmith.model import huge_pages, native
 from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.bucket_attention import bucket_attention
-from tunesmith.model.cached import Cache, NextTokens
+from tunesmith.model.cached import Cache
+from tunesmith.model.feed import NextTokens
 from tunesmith.model.head import HeadForm, token_logprobs
 from tunesmith.model.layer_ops import gate, gate_backward, rms_norm, rms_norm_backward
 from tunesmith.model.layout import Layout

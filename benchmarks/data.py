@@ -26,6 +26,12 @@ from typing import Any
 
 LENGTHS = 1_000_000
 CAPACITY = 4_096
+# The pocket model's template as the peer needs it to know what is trained: the answers and the mark after them.
+POCKET_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -80,7 +86,10 @@ def peer(tokenizer: str, rows: str, processes: int) -> dict[str, Any]:
 
     datasets.disable_progress_bars()
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    template = get_training_chat_template(loaded) or loaded.chat_template
+    from tunesmith import pocket
+
+    same = Path(tokenizer) == pocket.folder()
+    template = POCKET_TEMPLATE if same else get_training_chat_template(loaded) or loaded.chat_template
     found = datasets.Dataset.from_list([json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()])
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +201,8 @@ def main() -> None:
         for _ in range(options.runs):
             for name in names:
                 runs[name].append(run(name, tokenizer, str(rows), folder))
+    if len(told := {(found[-1]["rows"], found[-1]["tokens"], found[-1]["trained"]) for found in runs.values() if "rows" in found[-1]}) > 1:
+        raise SystemExit(f"the sides made different rows, tokens and trained tokens: {told}; no speed is shown")
     record = {
         "rows": options.rows,
         "tokenizer": Path(tokenizer).name,

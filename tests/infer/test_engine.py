@@ -37,7 +37,7 @@ from tunesmith.infer.engine import Engine
 from tunesmith.infer.request import Request
 from tunesmith.infer.sampler import TransformersSampler
 from tunesmith.model.adapter import attach
-from tunesmith.model.cached import Prompts
+from tunesmith.model.feed import Prompts
 from tunesmith.model.reward import with_head
 
 PROMPTS = prompts_of()
@@ -323,12 +323,15 @@ def test_long_prompts_are_read_in_parts(family: str, monkeypatch: pytest.MonkeyP
 
 
 def test_bf16_and_int8_read_long_prompts_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass whose prompts are all unfinished asks for no logits: products of no rows."""
-    monkeypatch.setattr(engine_module, "PROMPT_TOKENS", 32)
+    """A pass whose prompts are all unfinished asks for no logits: products of no rows. Parts look at 8 bits as whole prompts do."""
     for dtype, int8 in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
         engine = engine_of(lively(dtype=dtype), int8=int8)
-        [[one]] = engine.sample(prompts_of((150,)), GREEDY)
+        [[whole]] = engine.sample(prompts_of((150,)), GREEDY)
+        with monkeypatch.context() as patched:
+            patched.setattr(engine_module, "PROMPT_TOKENS", 32)
+            [[one]] = engine.sample(prompts_of((150,)), GREEDY)
         assert len(one.ids) == 30
+        assert one.logprobs[0] == pytest.approx(whole.logprobs[0], abs=0.1), "later ones may come after other tokens"
 
 
 # Kept fronts.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.model import native
-from tunesmith.model.cached import Cache, NextTokens, Prompts
+from tunesmith.model.cached import Cache
 from tunesmith.model.cached_layer import Part, Ready, forward, spans_of
+from tunesmith.model.feed import NextTokens, Prompts
 from tunesmith.model.fused_layer import _turn
 from tunesmith.model.head import HeadForm, token_logprobs
 from tunesmith.model.layer_ops import gate, gate_backward, rms_norm, rms_norm_backward
@@ -225,9 +226,11 @@ def filled() -> Cache:
     return cache
 
 
-def three_steps(some: list[Ready], lengths: list[int], windows: list[int], mix: Callable[[Any], Rows] | None = None) -> list[Tensor]:
-    """What comes out of the layers for prompts of these lengths, and for three tokens behind each."""
-    cache, outs, dtype = Cache(), [], some[0].dtype
+def three_steps(
+    some: list[Ready], lengths: list[int], windows: list[int], mix: Callable[[Any], Rows] | None = None, *, int8: bool = False
+) -> list[Tensor]:
+    """What comes out of the layers for prompts of these lengths, and for three tokens behind each; `int8` is the cache's."""
+    cache, outs, dtype = Cache(int8=int8), [], some[0].dtype
     whole = WholeStep(some) if WholeStep.can(some) else None
     width = int(some[0].scale ** -2 + 0.5)
     for row, length in enumerate(lengths):
@@ -247,7 +250,7 @@ def three_steps(some: list[Ready], lengths: list[int], windows: list[int], mix: 
         else:
             for layer, window in zip(some, windows, strict=True):
                 x = forward(x, layer, feed, rotary, window)
-        outs.append(x[: len(feed.last)])
+        outs.append(x[: len(feed.last) if step else feed.layout.real])
     assert native.kernels(dtype) is None or whole is not None
     return outs
 
@@ -281,8 +284,25 @@ def test_more_rows_than_are_multiplied_at_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_whole_step_in_8_bits_is_near_the_plain_layers(dtype: torch.dtype) -> None:
-    for one, other in zip(*both(lambda: three_steps(layers(2, dtype, 4, 2, 32, bias=True, int8=True), LENGTHS, [0, 0])), strict=True):
+    def steps() -> list[Tensor]:
+        return three_steps(layers(2, dtype, 4, 2, 32, bias=True, int8=True), LENGTHS, [0, 0], int8=True)
+
+    for one, other in zip(*both(steps), strict=True):
         assert (one - other).abs().mean() < 0.03 * other.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "keys", "width"), [(2, 2, 16), (6, 2, 32), (9, 3, 64), (4, 4, 96), (10, 2, 128), (2, 1, 256)])
+@pytest.mark.parametrize("window", [0, 7])
+def test_a_whole_step_reads_keys_and_values_in_8_bits(dtype: torch.dtype, heads: int, keys: int, width: int, window: int) -> None:
+    """With products that are not rounded, so that rounding here is all there is: between the two ways, and far less than to none."""
+    ours, theirs = both(lambda: three_steps(layers(2, dtype, heads, keys, width), LENGTHS, [0, window], int8=True))
+    exact = three_steps(layers(2, dtype, heads, keys, width), LENGTHS, [0, window])
+    for one, other, third in zip(ours, theirs, exact, strict=True):
+        size = other.abs().mean()
+        assert (one - other).abs().mean() < (2e-4 if dtype == torch.float32 else 0.02) * size
+        if dtype == torch.float32:
+            assert 1e-3 * size < (one - third).abs().mean() < 0.02 * size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

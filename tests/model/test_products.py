@@ -10,7 +10,8 @@ from tiny_models import make_batch, make_model, make_policy
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Batch, Segment
 from tunesmith.infer.engine import Engine
-from tunesmith.model.cached import Cache, Prompts
+from tunesmith.model.cached import Cache
+from tunesmith.model.feed import Prompts
 from tunesmith.model.next_token import NextToken
 from tunesmith.model.products import Blocked, Int8, Packed, Plain, product
 

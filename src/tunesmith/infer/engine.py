@@ -24,7 +24,8 @@ from tunesmith.infer.draw import Asked, check_settings, draw
 from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, room_for, worth_copying
 from tunesmith.infer.sampler import context_limit
 from tunesmith.infer.text import Growing, continuation
-from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
+from tunesmith.model.cached import Cache
+from tunesmith.model.feed import Feed, NextTokens, Prompts
 from tunesmith.model.many_adapters import ManyAdapters
 from tunesmith.model.next_token import NextToken, positions_that_fit, unfit
 from tunesmith.model.policy import Policy
@@ -44,9 +45,9 @@ class Engine:
 
     `stop_ids` end every answer, `lead` (what a template writes between prompt and answer) is left out of its text. `max_rows` rows are
     sampled at a time; `cache_tokens` positions of keys and values are kept at most (None: what half of the free memory holds).
-    `int8`: products in 8 bits, faster and coarser (fused layers on a CPU only). `keep_fronts`: so many finished rows keep their keys and
-    values, so that a request that goes on from one of them (the next turn of a chat, a shared system prompt) need not repeat it; only
-    for weights that do not move.
+    `int8`: products, keys and values in 8 bits, faster and coarser (fused layers on a CPU only). `keep_fronts`: so many finished rows
+    keep their keys and values, so that a request that goes on from one of them (the next turn of a chat, a shared system prompt) need not
+    repeat it; only for weights that do not move.
     Raises ModelError `no_language_head` for a reward model; RecipeError `no_engine` for an architecture that needs the plain sampler,
     `no_int8` where no layer is fused.
     """
@@ -84,9 +85,9 @@ class Engine:
                 code="bad_setting",
             )
         self.max_rows, self.keep_fronts = max_rows, keep_fronts
-        self.cache_tokens = cache_tokens or positions_that_fit(policy)
+        self.cache_tokens = cache_tokens or positions_that_fit(policy, int8=int8)
         self.adapters = ManyAdapters(policy, self._wanted)
-        self._cache = Cache(self.cache_tokens)
+        self._cache = Cache(self.cache_tokens, int8=self._next.int8)
         self._waiting: deque[Row] = deque()
         self._active: dict[int, Row] = {}
         self._fronts: deque[Front] = deque(maxlen=keep_fronts)
@@ -170,7 +171,7 @@ class Engine:
         for request in {row.request for row in (*self._active.values(), *self._waiting)}:
             self.cancel(request)
         self._fronts.clear()
-        self._cache = Cache(self.cache_tokens)
+        self._cache = Cache(self.cache_tokens, int8=self._next.int8)
 
     @property
     def limit(self) -> int | None:

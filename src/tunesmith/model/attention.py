@@ -25,7 +25,7 @@ from tunesmith.model.layout import Layout
 from tunesmith.model.virtual import prefix_of
 
 if TYPE_CHECKING:
-    from tunesmith.model.cached import Feed
+    from tunesmith.model.feed import Feed
 
 NAME = "tunesmith"
 _PACKED: ContextVar[bool] = ContextVar("tunesmith_packed", default=False)

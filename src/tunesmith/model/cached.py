@@ -1,39 +1,36 @@
-"""Keys and values of rows that are being sampled, in slots of doubling width, and attention of new tokens over them.
+"""Keys and values of rows that are being sampled, in slots of doubling width.
 
 A row starts in the narrowest slot that holds it and moves to one twice as wide when it is full, so that at most half of the room of a slot
 is idle and rows that are worked on together have similar lengths. The rows of one width lie densely, without gaps: one call of attention
 reads them where they stand.
-N new tokens, H query heads, K key heads, D head width, m rows of one width.
+N new tokens, K key heads, D head width.
 """
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith.core.errors import BugError
 from tunesmith.model import huge_pages
-from tunesmith.model.attention import Form, attend_documents, attend_plainly, window_of
-from tunesmith.model.layout import Layout, send
-from tunesmith.model.virtual import prefix_of
 
 NARROWEST = 64
-STEP = 16  # keys in sight are rounded up to a multiple of this
+STEP_BYTES = 4  # behind a key or value in 8 bits, as in cpp/attention.h
 FIRST_SLOTS = 4
-ROWS = 8  # on a CPU the number of new tokens is made a multiple of this: every new one costs kernels made for it
 
 
 class Pool:
-    """The rows whose slots are `width` wide, densely by place; per layer keys and values [slots, K, width, D]."""
+    """The rows whose slots are `width` wide, densely by place; per layer keys and values [slots, K, width, D].
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    `int8`: as `pack` makes them, [.., D + 4].
+    """
+
+    def __init__(self, width: int, int8: bool = False) -> None:
+        self.width, self.int8 = width, int8
         self.rows: list[int] = []
         self.slots = 0
         self.keys: dict[int, Tensor] = {}
@@ -58,8 +55,12 @@ class Pool:
         """The layer's keys and values, made when its first tokens [.., heads, width] arrive: only they know heads and widths."""
         if layer not in self.keys:
             for held, like in ((self.keys, key), (self.values, value)):
+                *_, heads, width = like.shape
                 # Zeros, not chance: what is masked gets weight zero, and zero times NaN would be NaN.
-                held[layer] = _zeros((self.slots, like.shape[-2], self.width, like.shape[-1]), like)
+                kind = torch.int8 if self.int8 else like.dtype
+                held[layer] = _zeros(
+                    (self.slots, heads, self.width, width + (STEP_BYTES if self.int8 else 0)), like.new_empty(0, dtype=kind)
+                )
         return self.keys[layer], self.values[layer]
 
     def addresses(self, layers: Sequence[int], like: Tensor) -> np.ndarray[Any, Any]:
@@ -70,7 +71,7 @@ class Pool:
         return self._addresses
 
     def sight(self, layer: int, rows: int, seen: int) -> tuple[Tensor, Tensor]:
-        """The first `seen` keys and values of the first `rows` rows; made once for the many steps that look the same."""
+        """The first `seen` keys and values of the first `rows` rows, as they are kept; made once for the many steps that look the same."""
         if self._seen != (rows, seen, self.slots):
             self._seen, self._sights = (rows, seen, self.slots), {}
         if layer not in self._sights:
@@ -91,10 +92,13 @@ class Pool:
 
 
 class Cache:
-    """The slots of all rows; a row is known by a number of the caller's. `most` positions at most are held (None: no limit)."""
+    """The slots of all rows; a row is known by a number of the caller's. `most` positions at most are held (None: no limit).
 
-    def __init__(self, most: int | None = None) -> None:
-        self.most = most
+    `int8`: keys and values are rounded to 8 bits (`pack`).
+    """
+
+    def __init__(self, most: int | None = None, *, int8: bool = False) -> None:
+        self.most, self.int8 = most, int8
         self.pools: dict[int, Pool] = {}
         self._at: dict[int, tuple[Pool, int]] = {}
 
@@ -161,16 +165,18 @@ class Cache:
     def give(self, row: int, kept: dict[int, tuple[Tensor, Tensor]], count: int) -> None:
         """Put the first `count` positions of what `take` gave into a row."""
         pool, place = self._at[row]
-        for layer, (key, value) in kept.items():
-            keys, values = pool.room(layer, key.transpose(0, 1), value.transpose(0, 1))
-            keys[place, :, :count], values[place, :, :count] = key[:, :count], value[:, :count]
+        for layer, parts in kept.items():
+            for held, new in zip((pool.keys, pool.values), parts, strict=True):
+                if layer not in held:
+                    held[layer] = _zeros((pool.slots, new.shape[0], pool.width, new.shape[2]), new)
+                held[layer][place, :, :count] = new[:, :count]
 
     def bytes(self) -> int:
         """What all slots take."""
         return sum(pool.bytes() for pool in self.pools.values())
 
     def _put(self, row: int, width: int) -> None:
-        pool = self.pools.setdefault(width, Pool(width))
+        pool = self.pools.setdefault(width, Pool(width, self.int8))
         self._at[row] = (pool, pool.add(row))
 
     def _close_gap(self, pool: Pool, place: int) -> None:
@@ -189,155 +195,20 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return huge_pages.CACHE.empty(shape, like.dtype).zero_() if like.is_cpu else like.new_zeros(shape)
 
 
+def pack(numbers: Tensor) -> Tensor:
+    """Keys or values [.., D] in 8 bits, and behind them the four bytes of their step: [.., D + 4]; a step is the largest one over 127."""
+    numbers = numbers.float()
+    step = (numbers.abs().amax(-1, keepdim=True) / 127).clamp_min_(1e-12)
+    seen = step.reshape(-1).view(torch.int8).view(*step.shape[:-1], STEP_BYTES)
+    return torch.cat([(numbers / step).round_().to(torch.int8), seen], -1)
+
+
+def unpack(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `pack` made, as numbers again: [.., D]."""
+    step = kept[..., -STEP_BYTES:].reshape(-1).view(torch.float32).view(*kept.shape[:-1], 1)
+    return (kept[..., :-STEP_BYTES] * step).to(dtype)
+
+
 def width_for(length: int) -> int:
     """The width of the slot for so many positions: the next power of two."""
     return max(NARROWEST, 1 << (length - 1).bit_length())
-
-
-class Feed(abc.ABC):
-    """New tokens of cached rows in one forward pass, end to end; handed to the layers in place of a layout.
-
-    `positions` [N] places in their rows; `longest` is the number of keys that the longest row has in sight; `last` [rows] where each
-    row's last new token stands; `kept` is what the layers work out once for all of them. `mix` says which row goes through which adapter.
-    """
-
-    trees: tuple[()] = ()
-
-    def __init__(self, cache: Cache, rows: Sequence[int], device: torch.device) -> None:
-        self.cache, self.rows, self.device = cache, list(rows), device
-        self.kept: dict[Any, Any] = {}
-        self.mix: Any = None
-        self.ids: Tensor
-        self.positions: Tensor
-        self.last: Tensor
-        self.longest = 0
-
-    @abc.abstractmethod
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None = None) -> Tensor:
-        """Attention of the new tokens [N, H, D] over their rows, with keys and values [N, K, D] put into the cache first: [N, H, D]."""
-
-    def of_module(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, marker: Tensor | None, sliding: int | None, form: Form
-    ) -> Tensor:
-        """The same for the attention function of a transformers layer: [1, H, N, D] and [1, K, N, D] to [1, N, H, D]."""
-        window = window_of(marker, sliding, self)
-        form = Form(form.scale, window, 0.0, form.softcap, form.sinks)
-        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-        return self.attend(int(module.layer_idx), q, k, v, form, module)[None]
-
-
-class Prompts(Feed):
-    """Rows with several new tokens each: (row, ids, positions that the cache holds already), the longest first."""
-
-    def __init__(self, cache: Cache, parts: Sequence[tuple[int, Sequence[int], int]], device: torch.device, virtual: int = 0) -> None:
-        parts = sorted(parts, key=lambda part: -len(part[1]))
-        super().__init__(cache, [row for row, _, _ in parts], device)
-        self.past = [past for _, _, past in parts]
-        self.layout = Layout([len(ids) for _, ids, _ in parts], device)
-        filler = [0] * (self.layout.total - self.layout.real)
-        self.ids = send(np.array([token for _, ids, _ in parts for token in ids] + filler, np.int64), device)
-        before = np.concatenate([*(np.full(len(ids), past) for _, ids, past in parts), np.array(filler, np.int64)])
-        self.positions = self.layout.positions + send(before.astype(np.int64), device)
-        self.last = send(self.layout.starts[1:] - 1, device)
-        self.longest = max(past + len(ids) for _, ids, past in parts)
-        self.fresh = not any(self.past)
-        if virtual:
-            self.layout.kept["virtual"] = virtual
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None = None) -> Tensor:
-        if prefix is not None and self.fresh and (virtual := prefix_of(prefix, self.layout)) is not None:
-            turned = virtual.put(layer, key.transpose(0, 1)[None], value.transpose(0, 1)[None], self.layout)
-            key, value = (t[0].transpose(0, 1) for t in turned)
-        sights = []
-        for row, past, (a, b) in zip(self.rows, self.past, self.layout.spans, strict=True):
-            pool, place = self.cache.where(row)
-            keys, values = pool.room(layer, key, value)
-            keys[place, :, past : past + b - a] = key[a:b].transpose(0, 1)
-            values[place, :, past : past + b - a] = value[a:b].transpose(0, 1)
-            sights.append((keys[place, :, : past + b - a], values[place, :, : past + b - a]))
-        if self.fresh:
-            q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-            return attend_documents(q, k, v, self.layout, form)[0]
-        out = torch.zeros(len(query), query.shape[1], value.shape[2], dtype=query.dtype, device=query.device)
-        for past, (a, b), (keys, values) in zip(self.past, self.layout.spans, sights, strict=True):
-            places = torch.arange(past + b - a, device=self.device)
-            far = places[past:, None] - places[None]
-            sight = (far >= 0) & (far < form.window) if form.window else far >= 0
-            out[a:b] = attend_plainly(query[None, a:b].transpose(1, 2), keys[None], values[None], form, sight)[0].transpose(0, 1)
-        return out
-
-
-class NextTokens(Feed):
-    """One new token for every row: `tokens` by row; the rows are put in the order in which their slots lie."""
-
-    def __init__(self, cache: Cache, tokens: dict[int, tuple[int, int]], device: torch.device) -> None:
-        """`tokens`: for every row of the cache its new token and the positions it has already."""
-        pools = [pool for _, pool in sorted(cache.pools.items()) if pool.rows]
-        super().__init__(cache, [row for pool in pools for row in pool.rows], device)
-        filler = [0] * (-len(self.rows) % ROWS if device.type == "cpu" else 0)
-        self.ids = send(np.array([*(tokens[row][0] for row in self.rows), *filler], np.int64), device)
-        past = np.array([*(tokens[row][1] for row in self.rows), *filler], np.int64)
-        self.positions = send(past, device)
-        self.last = torch.arange(len(self.rows), device=device)
-        self.longest = int(past.max()) + 1
-        self.parts: list[tuple[Pool, slice, np.ndarray[Any, Any]]] = []
-        self._widths: list[int] = []
-        start = 0
-        for pool in pools:
-            part = slice(start, start + len(pool.rows))
-            self.parts.append((pool, part, past[part]))
-            self._widths.append(min(pool.width, -(-(int(past[part].max()) + 1) // STEP) * STEP))
-            start = part.stop
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None = None) -> Tensor:  # noqa: ARG002
-        outs = []
-        alone = len(self.parts) == 1 and len(query) == len(self.rows)
-        for number, (pool, part, past) in enumerate(self.parts):
-            q, k, v = (query, key, value) if alone else (query[part], key[part], value[part])
-            keys, values = pool.room(layer, key, value)
-            for held, new in ((keys, k), (values, v)):
-                index = self._places(number, pool, past, new.shape[1])
-                held.view(-1, new.shape[2]).index_copy_(0, index, new.reshape(-1, new.shape[2]))
-            seen = self._widths[number]
-            sight_keys, sight_values = pool.sight(layer, len(past), seen)
-            mask = self._mask(number, past, seen, form.window, query.dtype)
-            if form.simple and q.shape[-1] == v.shape[-1]:
-                out = F.scaled_dot_product_attention(
-                    q.unsqueeze(2), sight_keys, sight_values, attn_mask=mask, scale=form.scale, enable_gqa=q.shape[1] != k.shape[1]
-                ).squeeze(2)
-            else:
-                out = attend_plainly(q.unsqueeze(2), sight_keys, sight_values, form, mask == 0).squeeze(2)
-            outs.append(out)
-        if filler := len(query) - len(self.rows):
-            outs.append(outs[0].new_zeros(filler, *outs[0].shape[1:]))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def past(self, number: int) -> Tensor:
-        """Where a pool's new keys stand in their rows [m]."""
-        name = ("past", number)
-        if name not in self.kept:
-            self.kept[name] = send(self.parts[number][2], self.device)
-        found: Tensor = self.kept[name]
-        return found
-
-    def _places(self, number: int, pool: Pool, past: np.ndarray[Any, Any], heads: int) -> Tensor:
-        """Where the new keys stand among all positions of the pool: [m * heads]."""
-        name = ("places", number, heads)
-        if name not in self.kept:
-            rows = np.arange(len(past))[:, None] * heads + np.arange(heads)[None]
-            self.kept[name] = send((rows * pool.width + past[:, None]).ravel(), self.device)
-        found: Tensor = self.kept[name]
-        return found
-
-    def _mask(self, number: int, past: np.ndarray[Any, Any], seen: int, window: int, dtype: torch.dtype) -> Tensor:
-        """0 where a row looks, minus infinity elsewhere: [m, 1, 1, keys]."""
-        name = ("mask", number, window, dtype)
-        if name not in self.kept:
-            place = np.arange(seen)[None]
-            hidden = place > past[:, None]
-            if window:
-                hidden |= place <= past[:, None] - window
-            bias = torch.zeros(len(past), 1, 1, seen, dtype=dtype, device=self.device)
-            self.kept[name] = bias.masked_fill_(send(hidden, self.device)[:, None, None], float("-inf"))
-        found: Tensor = self.kept[name]
-        return found

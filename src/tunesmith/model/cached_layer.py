@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.model import native
 from tunesmith.model.attention import Form
-from tunesmith.model.cached import Feed
+from tunesmith.model.feed import Feed
 from tunesmith.model.layer_ops import compiled, gate, rms_norm, wide
 from tunesmith.model.products import Blocked, RowAdapters, Way
 

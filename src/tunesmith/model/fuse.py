@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tunesmith.core.errors import BugError
 from tunesmith.model import cached_layer, lora, quant
 from tunesmith.model.attention import window_of
-from tunesmith.model.cached import Feed, NextTokens
 from tunesmith.model.cached_layer import Part, Ready
 from tunesmith.model.copies import Copies
+from tunesmith.model.feed import Feed, NextTokens
 from tunesmith.model.fused_layer import PROJECTIONS, Parts, Plan, fused_layer, rotary_tables
 from tunesmith.model.layer_ops import Linear, wide
 from tunesmith.model.layout import Layout

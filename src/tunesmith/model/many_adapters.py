@@ -21,7 +21,7 @@ from torch import Tensor
 from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
 from tunesmith.core.log import logger
 from tunesmith.model import quant
-from tunesmith.model.cached import Feed, Prompts
+from tunesmith.model.feed import Feed, Prompts
 from tunesmith.model.layout import send
 from tunesmith.model.policy import Policy
 from tunesmith.model.tokenizer import resolve

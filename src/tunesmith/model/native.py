@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,8 @@ _SIGNATURES = {
     "look_back": "PNNNN",
     "product": "PPPNNPPPP",
     "turn_rows": "PPPPPFNNNN",
+    "keep_rows": "PNPNNNN",
+    "attend_rows": "PNPPNNNNNFPNPP",
 }
 _KINDS: dict[str, Any] = {"P": ctypes.c_void_p, "N": ctypes.c_int64, "F": ctypes.c_float}
 # at::native::cpublas::brgemm by the kind of its inputs, and what gives the processor's matrix unit back. PyTorch exports them, and does not
@@ -160,6 +163,28 @@ class Kernels:
             ctypes.addressof(product), x.data_ptr(), out.data_ptr(), kind, len(x), added, at(places), *multiply, torch.get_num_threads()
         )
 
+    def keep_rows(self, rows: Tensor, slots: np.ndarray[Any, Any], int8: bool) -> None:
+        """Keys or values [N, K, D] of prompts, each token's heads side by side, into the slots of a cache as `Prompts` lists them."""
+        self._calls["keep_rows"](
+            rows.data_ptr(), rows.stride(0), slots.ctypes.data, len(slots), *rows.shape[1:], int8, torch.get_num_threads()
+        )
+
+    def attend_rows(
+        self, query: Tensor, slots: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], keys: int, window: int, scale: float, int8: bool,
+        multiply: Multiply,
+    ) -> Tensor:  # fmt: skip
+        """Causal attention [N, H, D] of prompts' new tokens, each one's heads side by side, over K heads of keys and values in slots.
+
+        `slots` of both as for `keep_rows`, which has put the tokens' own there; `window` 0 looks back without limit.
+        """
+        out = torch.zeros(query.shape, dtype=query.dtype)  # filler tokens are in no slot
+        heads, width = query.shape[1:]
+        self._calls["attend_rows"](
+            query.data_ptr(), query.stride(0), *(side.ctypes.data for side in slots), len(slots[0]), keys, heads // keys, width, window,
+            scale, out.data_ptr(), int8, *multiply, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
     def draw(self, logits: Tensor, warmth: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """A token of each row [B] of logits [B, V] in fp32, and the log of the sum of e^logit [B] in fp64.
 
@@ -179,6 +204,7 @@ class Kernels:
 
 
 NARROW, WIDE, ACTIVE = range(3)  # kinds of products
+MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
 HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)  # that cpp/attention.h is made for
 Multiply = tuple[int, int]  # addresses of what multiplies a block and of what gives the matrix unit back
 

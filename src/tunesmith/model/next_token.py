@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tunesmith.core.errors import RecipeError
 from tunesmith.model import attention, fuse, native, reward
-from tunesmith.model.cached import Cache, Feed, NextTokens, Prompts
+from tunesmith.model.cached import STEP_BYTES, Cache
+from tunesmith.model.feed import Feed, NextTokens, Prompts
 from tunesmith.model.memory import free_bytes
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import FAILURES, probe_batch
@@ -22,8 +23,8 @@ CACHE_SHARE = 0.5  # of the memory that is free when an engine is made, for keys
 class NextToken:
     """The sampling side of a policy. What it makes ready of frozen weights is kept from one `ready` to the next.
 
-    `int8`: the fused layers and the head multiply in 8 bits. Raises ModelError `no_language_head` for a reward model, RecipeError `no_int8`
-    where no layer is fused.
+    `int8`: the fused layers and the head multiply in 8 bits, and keys and values are kept in 8 bits.
+    Raises ModelError `no_language_head` for a reward model, RecipeError `no_int8` where no layer is fused.
     """
 
     def __init__(self, policy: Policy, *, int8: bool = False) -> None:
@@ -95,7 +96,7 @@ class NextToken:
         ids = [[*front, *batch.ids[s.start : s.stop].tolist()] for s in batch.segments]
         read = [(len(front) + len(row)) // 2 for row in ids]
         found: dict[tuple[int, int], float] = {}
-        cache = Cache()
+        cache = Cache(int8=self.int8)
 
         def note(feed: Feed) -> None:
             logps = torch.log_softmax(self.logits(feed, feed.last), -1)
@@ -133,12 +134,12 @@ class NextToken:
         return self._head
 
 
-def positions_that_fit(policy: Policy) -> int:
+def positions_that_fit(policy: Policy, *, int8: bool = False) -> int:
     """How many positions of keys and values take the engine's share of the memory that is free now, by the model's configuration."""
     config = policy.causal.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * heads * width * policy.dtype.itemsize
+    each = 2 * config.num_hidden_layers * heads * (width + STEP_BYTES if int8 else width * policy.dtype.itemsize)
     return max(1024, int(CACHE_SHARE * free_bytes(policy.device) / each))
 
 

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from tunesmith.model import native
-from tunesmith.model.cached import NextTokens
 from tunesmith.model.cached_layer import Part, Ready, signed
+from tunesmith.model.feed import NextTokens
 from tunesmith.model.positions import alone_from
 from tunesmith.model.products import Blocked, BlockedProduct, RowAdapters
 
 LEAST_ANGLES = 256  # places of the first table
-MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -41,7 +40,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         ("multiply", _P), ("release", _P), ("layers", _P), ("pools", _P), ("keys", _P), ("values", _P), ("places", _P), ("x", _P),
         ("depth", _N), ("pool_count", _N), ("rows", _N), ("hidden", _N), ("key_heads", _N), ("group", _N), ("width", _N), ("longest", _N),
-        ("threads", _N),
+        ("small", _N), ("threads", _N),
     )  # fmt: skip
 
 
@@ -77,7 +76,7 @@ class WholeStep:
             and isinstance(ready.inner.product, Blocked)
             and ready.inner.product.gated
             and _width(ready) in native.HEAD_WIDTHS
-            and ready.heads // ready.keys <= MOST_GROUPED
+            and ready.heads // ready.keys <= native.MOST_GROUPED
             for ready in layers
         )
 
@@ -115,7 +114,7 @@ class WholeStep:
             _Step(
                 *multiply, ctypes.addressof(self._layers), ctypes.addressof(pools), held[0].ctypes.data, held[1].ctypes.data,
                 places.data_ptr(), x.data_ptr(), len(self.layers), len(pools), len(x), x.shape[1], first.keys, first.heads // first.keys,
-                _width(first), feed.longest, torch.get_num_threads(),
+                _width(first), feed.longest, feed.cache.int8, torch.get_num_threads(),
             )
         )  # fmt: skip
         return True

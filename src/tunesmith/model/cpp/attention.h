@@ -21,21 +21,49 @@ inline Vec sums_of(Vec (&v)[L]) {
            __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// Numbers to be read soon, W from `at` on.
-template <int W, class T>
-inline void ask_row(const T* at) {
-    for (size_t byte = 0; byte < W * sizeof(T); byte += 64) ask(reinterpret_cast<const char*>(at) + byte);
+// A key or value of one head as the cache keeps it: W numbers of C, and of 8 bits their step (fp32) behind them.
+template <class C, int W>
+constexpr int64_t PITCH_OF = W + (sizeof(C) == 1 ? sizeof(float) : 0);
+
+// Whether numbers are held in 8 bits.
+template <class C>
+constexpr bool SMALL_OF = sizeof(C) == 1;
+
+template <class T, int W>
+inline void keep(const T* from, T* to) {
+    std::memcpy(to, from, W * sizeof(T));
 }
 
-// The weighted sum of values for N queries; `next` [seen, W] is read after them.
-template <class T, int W, int N>
-void gather(const float* weights, int64_t stride, const T* values, int64_t seen, const float* times, T* out, const T* next) {
+template <class T, int W>
+inline void keep(const T* from, int8_t* to) {
+    const float step = quantise_row(from, to, W, 0);
+    std::memcpy(to + W, &step, sizeof(step));
+}
+
+// The steps of `count` rows in 8 bits, at most sixteen.
+template <int W>
+inline Vec steps_of(const int8_t* rows, int64_t count) {
+    float steps[L] = {};
+    for (int64_t i = 0; i < count; i++) std::memcpy(steps + i, rows + i * PITCH_OF<int8_t, W> + W, sizeof(float));
+    return load(steps);
+}
+
+// A row to be read soon.
+template <class C, int W>
+inline void ask_row(const C* at) {
+    constexpr int64_t size = PITCH_OF<C, W> * sizeof(C);
+    for (int64_t byte = 0; byte < size; byte += 64) ask(reinterpret_cast<const char*>(at) + byte);
+}
+
+// The weighted sum of values for N queries; `next` [seen] rows are read after them.
+template <class T, class C, int W, int N>
+void gather(const float* weights, int64_t stride, const C* values, int64_t seen, const float* times, T* out, const C* next) {
     constexpr int parts = W / L;
     Vec total[N][parts] = {};
     for (int64_t t = 0; t < seen; t++) {
-        ask_row<W>(next + t * W);
+        ask_row<C, W>(next + t * PITCH_OF<C, W>);
         for (int i = 0; i < parts; i++) {
-            Vec value = load(values + t * W + i * L);
+            Vec value = load(values + t * PITCH_OF<C, W> + i * L);
             for (int g = 0; g < N; g++) total[g][i] += value * weights[g * stride + t];
         }
     }
@@ -45,23 +73,26 @@ void gather(const float* weights, int64_t stride, const T* values, int64_t seen,
 
 // One row's new token and one key head: its queries [group, W] over `seen` keys. `scores` has room for MOST_GROUPED * (seen + 16) numbers.
 // `next` are the keys that follow.
-template <class T, int W>
-void look(const Vec* query, int64_t group, const T* keys, const T* values, int64_t seen, float scale, float* scores, T* out, const T* next) {
+template <class T, class C, int W>
+void look(const Vec* query, int64_t group, const C* keys, const C* values, int64_t seen, float scale, float* scores, T* out, const C* next) {
     constexpr int parts = W / L;
+    constexpr int64_t pitch = PITCH_OF<C, W>;
     const int64_t stride = (seen + L - 1) / L * L;
     Vec block[L][parts];
     for (int64_t t = 0; t < seen; t += L) {
         int64_t count = std::min<int64_t>(L, seen - t);
-        for (int64_t k = 0; k < count; k++) ask_row<W>(values + (t + k) * W);
+        for (int64_t k = 0; k < count; k++) ask_row<C, W>(values + (t + k) * pitch);
         for (int64_t k = 0; k < L; k++)
-            for (int i = 0; i < parts; i++) block[k][i] = k < count ? load(keys + (t + k) * W + i * L) : Vec{};
+            for (int i = 0; i < parts; i++) block[k][i] = k < count ? load(keys + (t + k) * pitch + i * L) : Vec{};
+        Vec times = all(scale);
+        if constexpr (SMALL_OF<C>) times *= steps_of<W>(keys + t * pitch, count);
         for (int64_t g = 0; g < group; g++) {
             Vec sums[L];
             for (int k = 0; k < L; k++) {
                 sums[k] = query[g * parts] * block[k][0];
                 for (int i = 1; i < parts; i++) sums[k] += query[g * parts + i] * block[k][i];
             }
-            store(scores + g * stride + t, sums_of(sums) * scale);
+            store(scores + g * stride + t, sums_of(sums) * times);
         }
     }
     float times[MOST_GROUPED];
@@ -76,16 +107,17 @@ void look(const Vec* query, int64_t group, const T* keys, const T* values, int64
         float top = most_of(most);
         for (int64_t t = 0; t < stride; t += L) {
             Vec share = exponential(load(weight + t) - top);
-            store(weight + t, share);
             sum += share;
+            if constexpr (SMALL_OF<C>) share *= steps_of<W>(values + t * pitch, std::min<int64_t>(L, seen - t));
+            store(weight + t, share);
         }
         times[g] = 1.0f / sum_of(sum);
     }
     int64_t g = 0;  // the totals of some queries at a time stay in registers
-    for (; g + 4 <= group; g += 4) gather<T, W, 4>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
-    if (group - g == 3) gather<T, W, 3>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
-    if (group - g == 2) gather<T, W, 2>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
-    if (group - g == 1) gather<T, W, 1>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
+    for (; g + 4 <= group; g += 4) gather<T, C, W, 4>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
+    if (group - g == 3) gather<T, C, W, 3>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
+    if (group - g == 2) gather<T, C, W, 2>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
+    if (group - g == 1) gather<T, C, W, 1>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
 }
 
 // One head as the product gives it, normed where there is a weight, and turned.
@@ -109,26 +141,29 @@ struct Pool {
 };
 
 // All heads of a pool's rows, shared among the threads that are here; nobody waits for the others. `group` queries look at one key head.
-template <class T, int W>
-void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, T* keys,
-            T* values, T* out, int64_t key_heads, int64_t group, int64_t window, float scale, float* scores) {
+template <class T, class C, int W>
+void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, C* keys,
+            C* values, T* out, int64_t key_heads, int64_t group, int64_t window, float scale, float* scores) {
     Vec query[MOST_GROUPED * W / L];
-    const int64_t apart = pool.slot * W, heads = pool.rows * key_heads, team = omp_get_num_threads();
+    constexpr int64_t pitch = PITCH_OF<C, W>;
+    const int64_t apart = pool.slot * pitch, heads = pool.rows * key_heads, team = omp_get_num_threads();
 #pragma omp for schedule(static, 1) nowait
     for (int64_t number = 0; number < heads; number++) {  // in turn, so that a thread knows which keys it reads next
         const int64_t row = number / key_heads, k = number % key_heads;
         const T *from = joined + row * (group + 2) * key_heads * W, *c = cos + row * W, *s = sin + row * W;
         const int64_t at = pool.past[row], low = window ? std::max<int64_t>(0, at + 1 - window) : 0;
-        T *own_keys = keys + number * apart, *own_values = values + number * apart;
+        C *own_keys = keys + number * apart, *own_values = values + number * apart;
         T turned[W];
         for (int64_t g = 0; g < group; g++) {
             head<T, W>(from + (k * group + g) * W, query_norm, eps, c, s, turned);
             for (int i = 0; i < W / L; i++) query[g * W / L + i] = load(turned + i * L);
         }
-        head<T, W>(from + (group * key_heads + k) * W, key_norm, eps, c, s, own_keys + at * W);
-        std::memcpy(own_values + at * W, from + ((group + 1) * key_heads + k) * W, W * sizeof(T));
-        const T* next = number + team < heads ? own_keys + team * apart : own_keys;
-        look<T, W>(query, group, own_keys + low * W, own_values + low * W, at + 1 - low, scale, scores, out + number * group * W, next + low * W);
+        head<T, W>(from + (group * key_heads + k) * W, key_norm, eps, c, s, turned);
+        keep<T, W>(turned, own_keys + at * pitch);
+        keep<T, W>(from + ((group + 1) * key_heads + k) * W, own_values + at * pitch);
+        const C* next = number + team < heads ? own_keys + team * apart : own_keys;
+        look<T, C, W>(query, group, own_keys + low * pitch, own_values + low * pitch, at + 1 - low, scale, scores, out + number * group * W,
+                      next + low * pitch);
     }
 }
 

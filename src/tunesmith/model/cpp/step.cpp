@@ -3,21 +3,15 @@
 // The products themselves are matrix.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
 // address native.py hands over: it multiplies rows by one block of weights. Everything around them happens to a block's outputs while they
 // are in the cache. native.py says what every field is.
-#include <initializer_list>
-#include <vector>
-
 #include "attention.h"
 #include "matrix.h"
+#include "prompts.h"
 
 namespace {
 
 constexpr int64_t B = 64;      // outputs of a block
 constexpr int64_t ROWS = 128;  // rows that are multiplied at once
 constexpr int64_t PARTS = 4;   // so often one after the other
-
-typedef void (*Multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a, const void* b,
-                         void* c, bool paired);
-typedef void (*Release)(bool paired);
 
 struct Product {
     const void* weight;    // [blocks, inputs, B], in bf16 two inputs and in 8 bits four side by side; in strips [2 blocks, inputs, B / 2]
@@ -55,7 +49,7 @@ struct Step {
     void **keys, **values;  // [layers, pools]
     const int64_t* places;  // [rows] of each row's adapter, -1 where it has none
     float* x;               // [rows, hidden], changed in place
-    int64_t depth, pool_count, rows, hidden, key_heads, group, width, longest, threads;
+    int64_t depth, pool_count, rows, hidden, key_heads, group, width, longest, small, threads;  // small: keys and values in 8 bits
 };
 
 // What a product reads: rows in its own type, and of rows in 8 bits their steps.
@@ -225,16 +219,16 @@ struct Gate {
     }
 };
 
-template <class T, int W>
+template <class T, class C, int W>
 void attend_pools(const Step& s, const Layer& layer, int64_t number, const T* joined, T* out, float* scores) {
     int64_t first = 0;
     for (int64_t i = 0; i < s.pool_count; i++) {
         const Pool& pool = s.pools[i];
         auto of = [](const void* pointer) { return static_cast<const T*>(pointer); };
-        attend<T, W>(pool, joined + first * (s.group + 2) * s.key_heads * W, of(layer.cos) + first * W, of(layer.sin) + first * W,
-                     of(layer.query_norm), of(layer.key_norm), layer.eps, static_cast<T*>(s.keys[number * s.pool_count + i]),
-                     static_cast<T*>(s.values[number * s.pool_count + i]), out + first * s.group * s.key_heads * W, s.key_heads, s.group,
-                     layer.window, layer.scale, scores);
+        attend<T, C, W>(pool, joined + first * (s.group + 2) * s.key_heads * W, of(layer.cos) + first * W, of(layer.sin) + first * W,
+                        of(layer.query_norm), of(layer.key_norm), layer.eps, static_cast<C*>(s.keys[number * s.pool_count + i]),
+                        static_cast<C*>(s.values[number * s.pool_count + i]), out + first * s.group * s.key_heads * W, s.key_heads,
+                        s.group, layer.window, layer.scale, scores);
         first += pool.rows;
     }
 }
@@ -252,51 +246,35 @@ void turn_rows(T* joined, const T* cos, const T* sin, const T* query_norm, const
         }
 }
 
-#define BY_WIDTH(FUNCTION)                    \
-    switch (width) {                          \
-        case 16: return FUNCTION<T, 16>;      \
-        case 32: return FUNCTION<T, 32>;      \
-        case 64: return FUNCTION<T, 64>;      \
-        case 96: return FUNCTION<T, 96>;      \
-        case 128: return FUNCTION<T, 128>;    \
-        default: return FUNCTION<T, 256>;     \
+#define BY_WIDTH(FUNCTION, ...)                       \
+    switch (width) {                                  \
+        case 16: return FUNCTION<__VA_ARGS__, 16>;    \
+        case 32: return FUNCTION<__VA_ARGS__, 32>;    \
+        case 64: return FUNCTION<__VA_ARGS__, 64>;    \
+        case 96: return FUNCTION<__VA_ARGS__, 96>;    \
+        case 128: return FUNCTION<__VA_ARGS__, 128>;  \
+        default: return FUNCTION<__VA_ARGS__, 256>;   \
     }
 
-template <class T>
+template <class T, class C>
 auto attention_for(int64_t width) {
-    BY_WIDTH(attend_pools)
+    BY_WIDTH(attend_pools, T, C)
 }
 
 template <class T>
 auto turning_for(int64_t width) {
-    BY_WIDTH(turn_rows)
+    BY_WIDTH(turn_rows, T)
 }
 
-// Memory for what lives during one call, kept from call to call: fresh pages cost more than the work in them.
-class Room {
-   public:
-    explicit Room(std::initializer_list<int64_t> bytes) {
-        static thread_local std::unique_ptr<char[]> held;
-        static thread_local size_t size = 0;
-        size_t total = 64;
-        for (int64_t one : bytes) total += starts_.emplace_back(padded(one));
-        if (size < total) held.reset(new char[size = total]);
-        at_ = held.get() + (64 - reinterpret_cast<uintptr_t>(held.get()) % 64) % 64;
-    }
+template <class T>
+auto keeping_for(int64_t width) {
+    BY_WIDTH(keep_rows, T)
+}
 
-    template <class T>
-    T* take() {  // the next of those asked for
-        char* here = at_;
-        at_ += starts_[next_++];
-        return reinterpret_cast<T*>(here);
-    }
-
-   private:
-    static size_t padded(int64_t bytes) { return size_t(bytes + 127) / 64 * 64; }
-    std::vector<size_t> starts_;
-    size_t next_ = 0;
-    char* at_;
-};
+template <class T, class C>
+auto prompts_for(int64_t width) {
+    BY_WIDTH(attend_rows, T, C)
+}
 
 template <class T>
 void step(const Step& s) {
@@ -311,7 +289,7 @@ void step(const Step& s) {
     T *values = room.take<T>(), *joined = room.take<T>(), *gated = room.take<T>();
     uint8_t* bytes = room.take<uint8_t>();
     float *scale = room.take<float>(), *small = room.take<float>(), *scores = room.take<float>();
-    auto attention = attention_for<T>(s.width);
+    auto attention = s.small ? attention_for<T, int8_t>(s.width) : attention_for<T, T>(s.width);
 
 #pragma omp parallel num_threads(int(s.threads))
     {
@@ -404,6 +382,16 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
     extern "C" void turn_rows_##NAME(T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps,        \
                                      int64_t rows, int64_t queries, int64_t keys, int64_t width, int threads) {                       \
         turning_for<T>(width)(joined, cos, sin, query_norm, key_norm, eps, rows, queries, keys, threads);                             \
+    }                                                                                                                                 \
+    extern "C" void keep_rows_##NAME(const T* from, int64_t stride, const Slot* slots, int64_t count, int64_t key_heads,              \
+                                     int64_t width, int64_t small, int threads) {                                                     \
+        keeping_for<T>(width)(from, stride, slots, count, key_heads, small, threads);                                                 \
+    }                                                                                                                                 \
+    extern "C" void attend_rows_##NAME(const T* query, int64_t stride, const Slot* keys, const Slot* values, int64_t count,           \
+                                       int64_t key_heads, int64_t group, int64_t width, int64_t window, float scale, T* out,          \
+                                       int64_t small, Multiply call, Release release, int threads) {                                  \
+        auto attend = small ? prompts_for<T, int8_t>(width) : prompts_for<T, T>(width);                                               \
+        attend(query, stride, keys, values, count, key_heads, group, window, scale, out, call, release, threads);                     \
     }
 
 EACH(float, float32)

@@ -76,6 +76,17 @@ inline Vec load(const bf16* from) {
     return widened(half);
 }
 
+inline Vec load(const int8_t* from) {
+#ifdef __AVX512F__
+    return as<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#else
+    typedef int8_t Small __attribute__((vector_size(L)));
+    Small small;
+    std::memcpy(&small, from, sizeof(small));
+    return __builtin_convertvector(__builtin_convertvector(small, Ints), Vec);
+#endif
+}
+
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value)); }
 
 inline void store(bf16* to, Vec value) {
