@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.model import native
-from tunesmith.model.cached import Cache
+from tunesmith.model.cached import Cache, pack
 from tunesmith.model.cached_layer import Part, Ready, forward, spans_of
 from tunesmith.model.feed import NextTokens, Prompts
 from tunesmith.model.fused_layer import _turn
@@ -296,13 +296,44 @@ def test_a_whole_step_in_8_bits_is_near_the_plain_layers(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("window", [0, 7])
 def test_a_whole_step_reads_keys_and_values_in_8_bits(dtype: torch.dtype, heads: int, keys: int, width: int, window: int) -> None:
     """With products that are not rounded, so that rounding here is all there is: between the two ways, and far less than to none."""
-    ours, theirs = both(lambda: three_steps(layers(2, dtype, heads, keys, width), LENGTHS, [0, window], int8=True))
-    exact = three_steps(layers(2, dtype, heads, keys, width), LENGTHS, [0, window])
+    lengths = [*LENGTHS, 1030]
+    ours, theirs = both(lambda: three_steps(layers(2, dtype, heads, keys, width), lengths, [0, window], int8=True))
+    exact = three_steps(layers(2, dtype, heads, keys, width), lengths, [0, window])
     for one, other, third in zip(ours, theirs, exact, strict=True):
         size = other.abs().mean()
         assert (one - other).abs().mean() < (2e-4 if dtype == torch.float32 else 0.02) * size
         if dtype == torch.float32:
             assert 1e-3 * size < (one - third).abs().mean() < 0.02 * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "keys", "width"), [(6, 2, 32), (2, 1, 256)])
+def test_sums_over_long_rows_in_8_bits_hold(dtype: torch.dtype, heads: int, keys: int, width: int) -> None:
+    """Equal weights and the largest numbers over 1,500 keys: sums of whole numbers that 32 bits would not hold at once."""
+
+    def step() -> list[Tensor]:
+        [layer] = layers(1, dtype, heads, keys, width)
+        cache, cpu, lengths = Cache(int8=True), torch.device("cpu"), [1500, 513, 2]
+        one = torch.ones(1, 1, width // 2, dtype=dtype)
+        for row, length in enumerate(lengths):
+            cache.add(row, length + 3)
+            feed: Any = Prompts(cache, [(row, [1] * length, 0)], cpu)
+            rotary = (one.repeat(len(feed.ids), 1, 2), one.repeat(len(feed.ids), 1, 2) * 0)
+            forward(normal(len(feed.ids), HIDDEN), layer, feed, rotary, 0)
+        for pool in cache.pools.values():
+            pool.keys[0].copy_(pack(torch.zeros(*pool.keys[0].shape[:-1], width)))
+            pool.values[0].copy_(pack(torch.full((*pool.values[0].shape[:-1], width), 5.0)))
+        feed = NextTokens(cache, {row: (1, length) for row, length in enumerate(lengths)}, cpu)
+        rotary = (one.repeat(len(feed.ids), 1, 2), one.repeat(len(feed.ids), 1, 2) * 0)
+        x = normal(len(feed.ids), HIDDEN)
+        if native.kernels(dtype) is None:
+            x = forward(x, layer, feed, rotary, 0)
+        else:
+            assert WholeStep([layer]).run(x, feed, rotary, [0])
+        return [x[: len(lengths)]]
+
+    [ours], [theirs] = both(step)
+    assert (ours - theirs).abs().mean() < (1e-4 if dtype == torch.float32 else 0.02) * theirs.abs().mean()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,8 @@ namespace {
 constexpr int64_t MOST_GROUPED = 64;  // query heads on one key head
 
 // Sixteen sums of sixteen numbers each, in order.
-inline Vec sums_of(Vec (&v)[L]) {
+template <class V>
+inline V sums_of(V (&v)[L]) {
     for (int i = 0; i < L; i += 2)
         v[i / 2] = __builtin_shufflevector(v[i], v[i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                    __builtin_shufflevector(v[i], v[i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -43,9 +44,16 @@ inline void keep(const T* from, int8_t* to) {
 // The steps of `count` rows in 8 bits, at most sixteen.
 template <int W>
 inline Vec steps_of(const int8_t* rows, int64_t count) {
+    constexpr int pitch = PITCH_OF<int8_t, W>;
+#ifdef __AVX512F__
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __mmask16 some = __mmask16((1u << count) - 1);
+    return as<Vec>(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, as<__m512i>(lane * pitch), rows + W, 1));
+#else
     float steps[L] = {};
-    for (int64_t i = 0; i < count; i++) std::memcpy(steps + i, rows + i * PITCH_OF<int8_t, W> + W, sizeof(float));
+    for (int64_t i = 0; i < count; i++) std::memcpy(steps + i, rows + i * pitch + W, sizeof(float));
     return load(steps);
+#endif
 }
 
 // A row to be read soon.
@@ -69,6 +77,24 @@ void gather(const float* weights, int64_t stride, const C* values, int64_t seen,
     }
     for (int g = 0; g < N; g++)
         for (int i = 0; i < parts; i++) store(out + g * W + i * L, total[g][i] * times[g]);
+}
+
+// Softmax of `seen` scores, in place, without its division: 1 / sum is returned. What fills the last vector becomes 0.
+inline float soften(float* weight, int64_t seen) {
+    const int64_t stride = (seen + L - 1) / L * L;
+    for (int64_t t = seen; t < stride; t++) weight[t] = -std::numeric_limits<float>::infinity();
+    Vec most = load(weight), sum{};
+    for (int64_t t = L; t < stride; t += L) {
+        Vec next = load(weight + t);
+        most = next > most ? next : most;
+    }
+    const float top = most_of(most);
+    for (int64_t t = 0; t < stride; t += L) {
+        Vec share = exponential(load(weight + t) - top);
+        store(weight + t, share);
+        sum += share;
+    }
+    return 1.0f / sum_of(sum);
 }
 
 // One row's new token and one key head: its queries [group, W] over `seen` keys. `scores` has room for MOST_GROUPED * (seen + 16) numbers.
@@ -98,73 +124,16 @@ void look(const Vec* query, int64_t group, const C* keys, const C* values, int64
     float times[MOST_GROUPED];
     for (int64_t g = 0; g < group; g++) {
         float* weight = scores + g * stride;
-        for (int64_t t = seen; t < stride; t++) weight[t] = -std::numeric_limits<float>::infinity();
-        Vec most = load(weight), sum{};
-        for (int64_t t = L; t < stride; t += L) {
-            Vec next = load(weight + t);
-            most = next > most ? next : most;
-        }
-        float top = most_of(most);
-        for (int64_t t = 0; t < stride; t += L) {
-            Vec share = exponential(load(weight + t) - top);
-            sum += share;
-            if constexpr (SMALL_OF<C>) share *= steps_of<W>(values + t * pitch, std::min<int64_t>(L, seen - t));
-            store(weight + t, share);
-        }
-        times[g] = 1.0f / sum_of(sum);
+        times[g] = soften(weight, seen);
+        if constexpr (SMALL_OF<C>)
+            for (int64_t t = 0; t < seen; t += L)
+                store(weight + t, load(weight + t) * steps_of<W>(values + t * pitch, std::min<int64_t>(L, seen - t)));
     }
     int64_t g = 0;  // the totals of some queries at a time stay in registers
     for (; g + 4 <= group; g += 4) gather<T, C, W, 4>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
     if (group - g == 3) gather<T, C, W, 3>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
     if (group - g == 2) gather<T, C, W, 2>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
     if (group - g == 1) gather<T, C, W, 1>(scores + g * stride, stride, values, seen, times + g, out + g * W, next);
-}
-
-// One head as the product gives it, normed where there is a weight, and turned.
-template <class T, int W>
-void head(const T* from, const T* weight, float eps, const T* cos, const T* sin, T* to) {
-    T held[W];
-    if (weight) {
-        Vec sum{};
-        for (int i = 0; i < W; i += L) sum += load(from + i) * load(from + i);
-        float scale = 1.0f / std::sqrt(sum_of(sum) / float(W) + eps);
-        for (int i = 0; i < W; i += L) store(held + i, rounded<T>(load(from + i) * scale) * load(weight + i));
-        from = held;
-    }
-    turn_head(from, cos, sin, to, W);
-}
-
-// Rows whose slots are equally wide, [slots, key heads, slot, W], in the order in which they lie.
-struct Pool {
-    int64_t rows, slot;
-    const int64_t* past;  // where each row's new key stands
-};
-
-// All heads of a pool's rows, shared among the threads that are here; nobody waits for the others. `group` queries look at one key head.
-template <class T, class C, int W>
-void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, C* keys,
-            C* values, T* out, int64_t key_heads, int64_t group, int64_t window, float scale, float* scores) {
-    Vec query[MOST_GROUPED * W / L];
-    constexpr int64_t pitch = PITCH_OF<C, W>;
-    const int64_t apart = pool.slot * pitch, heads = pool.rows * key_heads, team = omp_get_num_threads();
-#pragma omp for schedule(static, 1) nowait
-    for (int64_t number = 0; number < heads; number++) {  // in turn, so that a thread knows which keys it reads next
-        const int64_t row = number / key_heads, k = number % key_heads;
-        const T *from = joined + row * (group + 2) * key_heads * W, *c = cos + row * W, *s = sin + row * W;
-        const int64_t at = pool.past[row], low = window ? std::max<int64_t>(0, at + 1 - window) : 0;
-        C *own_keys = keys + number * apart, *own_values = values + number * apart;
-        T turned[W];
-        for (int64_t g = 0; g < group; g++) {
-            head<T, W>(from + (k * group + g) * W, query_norm, eps, c, s, turned);
-            for (int i = 0; i < W / L; i++) query[g * W / L + i] = load(turned + i * L);
-        }
-        head<T, W>(from + (group * key_heads + k) * W, key_norm, eps, c, s, turned);
-        keep<T, W>(turned, own_keys + at * pitch);
-        keep<T, W>(from + ((group + 1) * key_heads + k) * W, own_values + at * pitch);
-        const C* next = number + team < heads ? own_keys + team * apart : own_keys;
-        look<T, C, W>(query, group, own_keys + low * pitch, own_values + low * pitch, at + 1 - low, scale, scores, out + number * group * W,
-                      next + low * pitch);
-    }
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // The products themselves are matrix.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
 // address native.py hands over: it multiplies rows by one block of weights. Everything around them happens to a block's outputs while they
 // are in the cache. native.py says what every field is.
-#include "attention.h"
+#include "heads.h"
 #include "matrix.h"
 #include "prompts.h"
 
@@ -283,7 +283,7 @@ void step(const Step& s) {
     int64_t ranks = 0;
     for (int64_t i = 0; i < s.depth; i++)
         for (const Lora& lora : s.layers[i].lora) ranks = std::max(ranks, lora.a ? lora.ranks : 0);
-    const int64_t widest = std::max({s.hidden, heads, inner}), room_for_scores = MOST_GROUPED * (s.longest + L);
+    const int64_t widest = std::max({s.hidden, heads, inner}), room_for_scores = 2 * MOST_GROUPED * (s.longest + L);
     Room room({s.rows * widest * int64_t(sizeof(T)), s.rows * joined_width * int64_t(sizeof(T)), s.rows * inner * int64_t(sizeof(T)),
                s.rows * widest, s.rows * 4, s.rows * ranks * 4, s.threads * room_for_scores * 4});
     T *values = room.take<T>(), *joined = room.take<T>(), *gated = room.take<T>();
