@@ -79,10 +79,10 @@ class Prompts(Feed):
             turned = virtual.put(layer, key.transpose(0, 1)[None], value.transpose(0, 1)[None], self.layout)
             key, value = (t[0].transpose(0, 1) for t in turned)
         slots = self._keep(layer, key, value)
-        multiply = None if slots is None or form.softcap or form.sinks is not None else native.multiplier(query.dtype)
-        fast = native.kernels(query.dtype) if multiply is not None and _side_by_side(query) and query.shape[2] == value.shape[2] else None
-        if fast is not None and slots is not None and multiply is not None and query.shape[1] // key.shape[1] <= native.MOST_GROUPED:
-            return fast.attend_rows(query, slots, key.shape[1], form.window, form.scale, self.cache.int8, multiply)
+        if slots is not None and form.simple and _side_by_side(query) and query.shape[2] == value.shape[2]:
+            fast, multiply = native.kernels(query.dtype), native.multiplier(query.dtype)
+            if fast is not None and multiply is not None and query.shape[1] <= native.MOST_GROUPED * key.shape[1]:
+                return fast.attend_rows(query, slots, key.shape[1], form.window, form.scale, self.cache.int8, multiply)
         if self.fresh:
             if self.cache.int8:  # seen as it is kept, however a prompt is cut
                 key, value = (unpack(pack(new), new.dtype) for new in (key, value))
@@ -103,7 +103,7 @@ class Prompts(Feed):
     def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
         """Put the new keys and values [N, K, D] into their rows' slots; returns where those are if our compiled functions can read them."""
         rooms = {width: pool.room(layer, key, value) for width, pool in self.cache.pools.items()}
-        fast = native.kernels(key.dtype) if key.is_cpu and _side_by_side(key) and _side_by_side(value) else None
+        fast = native.kernels(key.dtype) if _side_by_side(key) and _side_by_side(value) else None
         slots = []
         for which, new in enumerate((key, value)):
             if fast is not None:

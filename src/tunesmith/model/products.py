@@ -6,12 +6,14 @@ N rows, I inputs, O outputs of all joined layers together.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunesmith.core.log import logger
 from tunesmith.model import huge_pages, native
 
 Way = Callable[[Tensor], Tensor]
@@ -51,7 +53,17 @@ def product(
 
 
 def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.enabled) and _LINEAR is not None
+    return bool(torch.backends.mkldnn.enabled) and _LINEAR is not None and _packs()
+
+
+@functools.cache
+def _packs() -> bool:
+    """Whether oneDNN lays out weights in bf16 for this processor; for one without AVX-512 it refuses."""
+    try:
+        Packed(torch.zeros(8, 8, dtype=torch.bfloat16), None)(torch.zeros(1, 8, dtype=torch.bfloat16))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _joined(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
@@ -196,20 +208,46 @@ class Int8:
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        small, self.scale = rounded(torch.cat([weight.detach() for weight in weights]))
+        small, scale = rounded(torch.cat([weight.detach() for weight in weights]))
         self.bias = None if bias is None else bias.float()
-        self.packed = small.device.type == "cpu" and hasattr(torch.ops.onednn, "qlinear_prepack")
-        self._zeros = torch.zeros(len(small), dtype=torch.int64)
-        self.weight = torch.ops.onednn.qlinear_prepack(small, None) if self.packed else small.t()
+        self.kind = _exact_kind(small.device.type)
+        self._times = _KINDS[self.kind](small, scale)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
         size = x.abs().amax(1, keepdim=True).div_(127).clamp_min_(1e-12)
-        small = (x / size).round_().to(torch.int8)
-        y: Tensor
-        if self.packed:
-            y = _QLINEAR(small, 1.0, 0, self.weight, self.scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        else:
-            y = torch._int_mm(small, self.weight).float().mul_(self.scale)
-        y.mul_(size)
+        y = self._times((x / size).round_().to(torch.int8)).mul_(size)
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
+
+
+def _onednns(weight: Tensor, scale: Tensor) -> Way:
+    held, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight), dtype=torch.int64)
+    return lambda x: _QLINEAR(x, 1.0, 0, held, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+def _pytorchs(weight: Tensor, scale: Tensor) -> Way:
+    turned = weight.t()
+    return lambda x: torch._int_mm(x, turned).float().mul_(scale)
+
+
+def _in_fp32(weight: Tensor, scale: Tensor) -> Way:
+    turned = weight.float().t()
+    return lambda x: (x.float() @ turned).mul_(scale)
+
+
+# Whole numbers in 8 bits times the weights' [O, I] and their steps [O], in fp32.
+_KINDS: dict[str, Callable[[Tensor, Tensor], Way]] = {"onednn": _onednns, "pytorch": _pytorchs, "fp32": _in_fp32}
+
+
+@functools.cache
+def _exact_kind(device: str) -> str:
+    """The first kind that multiplies exactly here: processors without VNNI add two products in 16 bits, which large ones overflow."""
+    for kind in ("onednn", "pytorch") if device == "cpu" else ("pytorch",):
+        try:
+            most = torch.full((64, 64), 127, dtype=torch.int8, device=device)
+            if bool((_KINDS[kind](most, torch.ones(64, device=device))(most) == 64 * 127**2).all()):
+                return kind
+        except (RuntimeError, AttributeError):
+            continue
+    logger.warning("this processor does not multiply 8 bits exactly: int8 rounds and multiplies in fp32, which saves no time")
+    return "fp32"

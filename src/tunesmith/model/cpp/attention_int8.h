@@ -1,4 +1,4 @@
-// Attention of single new tokens over keys and values in 8 bits, in whole numbers: queries and weights are rounded to 16 bits, sums to none.
+// Attention of single new tokens over keys and values in 8 bits, in whole numbers: queries and weights are rounded to 16 bits, sums are exact.
 #pragma once
 #include "attention.h"
 
@@ -7,13 +7,13 @@
 
 namespace {
 
-constexpr float MOST = 32767;   // of 16 bits
-constexpr int64_t SAFE = 512;   // products of 8 and 16 bits whose sum 32 bits hold
-constexpr int SIDE = 32;        // numbers of 16 bits in a vector
+constexpr float MOST = 32767;  // of 16 bits
+constexpr int64_t SAFE = 512;  // products of 8 and 16 bits whose sum 32 bits hold
+constexpr int SIDE = 32;       // numbers of 16 bits in a vector
 
 inline __m512i wide16(const int8_t* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
 
-// Sixteen numbers times `by` to 16 bits.
+// Sixteen numbers, rounded to whole ones of 16 bits.
 inline void store16(int16_t* to, Vec value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(as<__m512>(value))));
 }
@@ -31,7 +31,7 @@ inline float narrow16(const float* from, int16_t* to, int64_t count) {
     return step + sum_of(odd);
 }
 
-// As `gather`, of weights in 16 bits, an even number of them.
+// As `gather`, of weights in 16 bits, with zeros up to an even number.
 template <class T, int W, int N>
 void gather16(const int16_t* weights, int64_t stride, const int8_t* values, int64_t seen, const float* times, T* out, const int8_t* next) {
     constexpr int64_t pitch = PITCH_OF<int8_t, W>;

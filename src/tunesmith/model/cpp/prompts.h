@@ -14,8 +14,8 @@ typedef void (*Multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t l
                          void* c, bool paired);
 typedef void (*Release)(bool paired);
 
-constexpr int64_t SEEN = 64;          // keys of a block
-constexpr int64_t QUERIES = 64;       // rows of scores, about: some tokens of all heads on a key head
+constexpr int64_t SEEN = 64;           // keys of a block
+constexpr int64_t QUERIES = 64;        // rows of scores, about: some tokens of all heads on a key head
 constexpr int64_t LAID_OUT = 8 << 20;  // bytes of keys and values that are laid out at once
 
 // A prompt's row of the cache: where its slot begins, how many positions that has, and which of the new tokens go where.
