@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tunesmith.core.errors import RecipeError
-from tunesmith.core.load import build, dump_yaml, load_recipe, load_tree, set_values
+from tunesmith.core.load import ELSEWHERE, _known_keys, build, dump_yaml, load_recipe, load_tree, set_values
 from tunesmith.core.recipe import Recipe
 
 SMALL = {"model": {"base": "pocket", "adapter": {"rank": 8}}, "data": {"train": "rows.jsonl"}}
@@ -28,6 +28,21 @@ def test_all_mistakes_are_named_at_once_with_suggestions():
     for part in ("'bse'; did you mean 'base'", "'rnk'; did you mean 'rank'", "'trian'; did you mean 'train'", "'rnu'; did you mean 'run'"):
         assert part in text
     assert "greater than 0 (got -1)" in text
+
+
+def test_settings_of_other_trainers_are_told_where_they_stand_here():
+    with pytest.raises(RecipeError) as caught:
+        build({"model": {"base": "x", "adapter": {"r": 8, "lora_alpha": 16}}, "data": {"train": "a"}, "learning_rate": 1e-4})
+    text = str(caught.value)
+    for part in (
+        "'r'; here it is model.adapter.rank",
+        "'lora_alpha'; here it is model.adapter.alpha",
+        "'learning_rate'; here it is optim.lr",
+    ):
+        assert part in text
+    for name, path in ELSEWHERE.items():
+        *place, last = path.split(".")
+        assert last in _known_keys(list(place)), (name, path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,21 @@ from tunesmith.core.recipe import Recipe
 
 Origin = dict[str, str]
 
+# Where settings of transformers, PEFT, TRL and other trainers stand here.
+ELSEWHERE = {
+    "model_name_or_path": "model.base", "base_model": "model.base", "load_in_4bit": "model.quant", "load_in_8bit": "model.quant",
+    "torch_dtype": "model.dtype", "bf16": "model.dtype", "chat_template": "model.template",
+    "peft_type": "model.adapter.name", "r": "model.adapter.rank", "lora_r": "model.adapter.rank",
+    "lora_rank": "model.adapter.rank", "lora_alpha": "model.adapter.alpha", "lora_dropout": "model.adapter.dropout",
+    "target_modules": "model.adapter.targets", "lora_target": "model.adapter.targets", "use_rslora": "model.adapter.rank_stabilised",
+    "max_seq_length": "tokens.max_length", "sequence_len": "tokens.max_length", "cutoff_len": "tokens.max_length",
+    "learning_rate": "optim.lr", "lr_scheduler_type": "optim.schedule", "lr_scheduler": "optim.schedule", "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup", "max_grad_norm": "optim.clip", "optimizer": "optim.name",
+    "num_train_epochs": "run.epochs", "num_epochs": "run.epochs", "max_steps": "run.steps", "output_dir": "run.out",
+    "per_device_train_batch_size": "run.batch", "gradient_accumulation_steps": "run.batch", "micro_batch_size": "run.micro_tokens",
+    "eval_steps": "run.eval_every", "save_steps": "run.save_every", "dataset": "data.train", "datasets": "data.train",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -234,7 +249,8 @@ def _problems(error: ValidationError) -> Iterator[tuple[str, str]]:
         path = ".".join(str(part) for part in place)
         if item["type"] == "extra_forbidden":
             known = _known_keys(list(item["loc"])[:-1])
-            yield path, f"unknown setting '{place[-1]}'{did_you_mean(str(place[-1]), known)}"
+            here = ELSEWHERE.get(str(place[-1]))
+            yield path, f"unknown setting '{place[-1]}'{f'; here it is {here}' if here else did_you_mean(str(place[-1]), known)}"
         elif item["type"] == "missing":
             yield path, "this setting is required"
         else:
