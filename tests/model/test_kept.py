@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from itertools import pairwise
 
 import pytest
 import torch
+from processors import needs_compiler
 from torch import Tensor
 
 from tunesmith.model import native
@@ -17,15 +16,18 @@ from tunesmith.model.feed import NextTokens, Prompts
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 63, 64, 65, 200, 5, 130, 20, 21, 22]
-WIDTHS = [(2, 2, 16), (6, 2, 32), (9, 3, 64), (4, 4, 96), (10, 2, 128), (2, 1, 256), (64, 1, 16)]  # query heads, key heads, width
+WIDTHS = [
+    (2, 2, 16),
+    (6, 2, 32),
+    (9, 3, 64),
+    (4, 4, 96),
+    (10, 2, 128),
+    (2, 1, 256),
+    (64, 1, 16),
+    (70, 1, 16),
+]  # query heads, key heads, width
 
-compiled_too = pytest.mark.parametrize(
-    "compiled",
-    [
-        pytest.param(True, marks=pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler here")),
-        False,
-    ],
-)
+compiled_too = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 
 
 def heads_of(tokens: int, heads: int, keys: int, width: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +104,7 @@ def test_prompts_in_8_bits_look_at_the_rounded_ones(heads: int, keys: int, width
         read_in_parts(LENGTHS, (0, 0.4, 1), heads, keys, width, dtype, 0, int8=True)
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler here")
+@needs_compiler
 def test_more_prompts_than_are_laid_out_at_once() -> None:
     """Of 64 keys and values of this width 0.13 MB: 35 rows take more than 8 MB."""
     read_in_parts([70 + row for row in range(35)], (0, 1), 2, 1, 256, torch.float32, 0, int8=False)
@@ -123,7 +125,7 @@ def test_a_row_in_8_bits_is_its_formula() -> None:
         assert lost[0].isfinite().all()
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler here")
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_compiled_function_keeps_the_same_numbers(dtype: torch.dtype) -> None:
     _, key, value = heads_of(sum(LENGTHS), 6, 2, 32, dtype, 0)

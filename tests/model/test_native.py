@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processors import blocks, needs_compiler
 from torch import Tensor
 
 from tunesmith.model import native
@@ -22,14 +22,14 @@ from tunesmith.model.fused_layer import _turn
 from tunesmith.model.head import HeadForm, token_logprobs
 from tunesmith.model.layer_ops import gate, gate_backward, rms_norm, rms_norm_backward
 from tunesmith.model.many_adapters import Factors, Stack
-from tunesmith.model.products import Blocked, product
+from tunesmith.model.products import Blocked, Int8, product
 from tunesmith.model.whole_step import WholeStep
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 8), (3, 24), (37, 192), (130, 577)]  # the last is work for two threads
 
 # Where there is a compiler, functions that it does not take are a failure.
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler here")
+pytestmark = needs_compiler
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -251,8 +251,8 @@ def three_steps(
             for layer, window in zip(some, windows, strict=True):
                 x = forward(x, layer, feed, rotary, window)
         outs.append(x[: len(feed.last) if step else feed.layout.real])
-    blocked = all(isinstance(part.product, Blocked) for ready in some for part in ready.parts)
-    assert native.kernels(dtype) is None or whole is not None or not blocked
+    kinds = {torch.int8 if isinstance(part.product, Int8) else dtype for ready in some for part in ready.parts}
+    assert native.kernels(dtype) is None or whole is not None or not all(map(blocks, kinds))
     return outs
 
 
@@ -330,7 +330,7 @@ def test_sums_over_long_rows_in_8_bits_hold(dtype: torch.dtype, heads: int, keys
         if WholeStep.can([layer]):
             assert WholeStep([layer]).run(x, feed, rotary, [0])
         else:
-            assert native.multiplier(dtype) is None
+            assert native.kernels(dtype) is None or not blocks(dtype)
             x = forward(x, layer, feed, rotary, 0)
         return [x[: len(lengths)]]
 
@@ -411,7 +411,7 @@ def test_blocked_products_are_pytorchs(dtype: torch.dtype, outputs: list[int], g
     for rows in (1, 8, 16, 17, 32, 33, 40, 64, 65, 130, 200, 600):
         x = normal(rows, 64, dtype=dtype, seed=rows)
         way = product(weights, biases, dtype, gated=gated)
-        if native.multiplier(dtype) is None:
+        if not blocks(dtype):
             pytest.skip("this processor has no product of blocks in this precision")
         assert isinstance(way, Blocked)
         assert way(x[:0]).shape == (0, sum(outputs))

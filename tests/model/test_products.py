@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from processors import able
 from tiny_models import make_batch, make_model, make_policy
 
 from tunesmith.core.ports import SampleSettings
@@ -43,7 +44,7 @@ def truth(x: torch.Tensor, weights, biases) -> torch.Tensor:
 @pytest.mark.parametrize("biases", ["none", "all", "last"])
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 def test_packed_is_plain(sizes: list[int], biases: str, rows: int) -> None:
-    if not products._packs():
+    if not products._packs() and not able("avx512bw"):
         pytest.skip("oneDNN packs no weights in bf16 for this processor")
     weights, some = layers(sizes, torch.bfloat16, biases)
     x = inputs(rows, torch.bfloat16)
@@ -110,7 +111,7 @@ def test_a_product_in_8_bits_that_overflows_is_not_taken(wrong: list[str], monke
 def test_int8_is_its_formula(sizes: list[int], biases: str, rows: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, some = layers(sizes, biases=biases)
     if kind != _exact_kind("cpu"):
-        if kind != "fp32" and not exact(kind):
+        if kind != "fp32" and not exact(kind) and not able("avx512_vnni", "avx_vnni"):
             pytest.skip("this processor does not multiply 8 bits exactly in this way")
         monkeypatch.setattr(products, "_exact_kind", lambda _: kind)
     way = product(weights, some, torch.float32, int8=True)

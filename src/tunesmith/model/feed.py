@@ -81,7 +81,7 @@ class Prompts(Feed):
         slots = self._keep(layer, key, value)
         if slots is not None and form.simple and _side_by_side(query) and query.shape[2] == value.shape[2]:
             fast, multiply = native.kernels(query.dtype), native.multiplier(query.dtype)
-            if fast is not None and multiply is not None and query.shape[1] <= native.MOST_GROUPED * key.shape[1]:
+            if fast is not None and multiply is not None:
                 return fast.attend_rows(query, slots, key.shape[1], form.window, form.scale, self.cache.int8, multiply)
         if self.fresh:
             if self.cache.int8:  # seen as it is kept, however a prompt is cut

@@ -204,7 +204,6 @@ class Kernels:
 
 
 NARROW, WIDE, ACTIVE = range(3)  # kinds of products
-MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
 HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)  # that cpp/attention.h is made for
 Multiply = tuple[int, int]  # addresses of what multiplies a block and of what gives the matrix unit back
 

@@ -21,6 +21,7 @@ from tunesmith.model.positions import alone_from
 from tunesmith.model.products import Blocked, BlockedProduct, RowAdapters
 
 LEAST_ANGLES = 256  # places of the first table
+MOST_GROUPED = 64  # query heads on one key head, as in cpp/attention.h
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -76,7 +77,7 @@ class WholeStep:
             and isinstance(ready.inner.product, Blocked)
             and ready.inner.product.gated
             and _width(ready) in native.HEAD_WIDTHS
-            and ready.heads // ready.keys <= native.MOST_GROUPED
+            and ready.heads // ready.keys <= MOST_GROUPED
             for ready in layers
         )
 

@@ -55,8 +55,8 @@ inline void read_row(const C* from, T* to) {
 
 // A block of at most 64 kept rows: as columns [W, 64], or as they are [64, W]; in bf16 two numbers that meet two of the other side lie
 // side by side. What is missing is 0.
-template <class T, class C, int W>
-void lay_out(const C* from, int64_t count, bool columns, T* to) {
+template <class T, class C, int W, bool COLUMNS>
+void lay_out(const C* from, int64_t count, T* to) {
     constexpr int64_t pair = 4 / sizeof(T);
     T row[W];
     for (int64_t t = 0; t < SEEN; t++) {
@@ -64,17 +64,15 @@ void lay_out(const C* from, int64_t count, bool columns, T* to) {
             read_row<T, C, W>(from + t * PITCH_OF<C, W>, row);
         else
             std::memset(row, 0, sizeof(row));
-        for (int64_t i = 0; i < W; i++) {
-            if (columns)
-                to[(i / pair * SEEN + t) * pair + i % pair] = row[i];
-            else
-                to[(t / pair * W + i) * pair + t % pair] = row[i];
-        }
+        if (COLUMNS)
+            for (int64_t i = 0; i < W; i += pair) std::memcpy(to + i * SEEN + t * pair, row + i, pair * sizeof(T));
+        else
+            for (int64_t i = 0; i < W; i++) to[(t / pair * W + i) * pair + t % pair] = row[i];
     }
 }
 
-// Softmax of a row of scores over the keys from `begin` to `end`, in blocks `apart` numbers from each other, without its division: shares in T
-// into `to`, which lies like the scores; their sum is returned.
+// Softmax of a row of scores over the keys from `begin` to `end`, without its division: shares in T into `to`, which lies like the scores, in
+// blocks `apart` numbers from each other, those from `low` to `high`; their sum is returned.
 template <class T>
 float soften_row(const float* scores, T* to, int64_t apart, int64_t begin, int64_t end, int64_t low, int64_t high, float scale) {
     const float none = -std::numeric_limits<float>::infinity();
@@ -136,8 +134,8 @@ void attend_rows(const T* query, int64_t stride, const Slot* keys, const Slot* v
                 const Work& one = layouts[number];
                 const int64_t place = one.from * SEEN, left = keys[one.slot].past + keys[one.slot].count - place;
                 const int64_t at = (one.head * keys[one.slot].width + place) * PITCH_OF<C, W>;
-                lay_out<T, C, W>(static_cast<const C*>(keys[one.slot].at) + at, std::min(left, SEEN), true, all_keys + one.laid * each);
-                lay_out<T, C, W>(static_cast<const C*>(values[one.slot].at) + at, std::min(left, SEEN), false, all_values + one.laid * each);
+                lay_out<T, C, W, true>(static_cast<const C*>(keys[one.slot].at) + at, std::min(left, SEEN), all_keys + one.laid * each);
+                lay_out<T, C, W, false>(static_cast<const C*>(values[one.slot].at) + at, std::min(left, SEEN), all_values + one.laid * each);
             }
 #pragma omp for schedule(dynamic)
             for (size_t number = 0; number < works.size(); number++) {

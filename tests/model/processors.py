@@ -1,0 +1,25 @@
+"""What the processor of this machine can do, read from the system and not from the code that is tested."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from tunesmith.model import native
+
+COMPILER = shutil.which(os.environ.get("CXX") or "g++") is not None
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
+BLOCKS = {torch.float32: "avx512f", torch.bfloat16: "avx512_bf16", torch.int8: "avx512_vnni"}
+
+
+def able(*features: str) -> bool:
+    """Whether the processor has one of these features, and oneDNN is not told to do without some."""
+    return "ONEDNN_MAX_CPU_ISA" not in os.environ and any(feature.encode() in native.processor().split() for feature in features)
+
+
+def blocks(dtype: torch.dtype) -> bool:
+    """Whether products of blocks must be there: where the processor has what they take, their absence is a failure."""
+    return native.multiplier(dtype) is not None or able(BLOCKS[dtype])
