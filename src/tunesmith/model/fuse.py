@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -344,12 +344,17 @@ def _parts(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]
 
 def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Linear:
     of, dtype = fused.copies.of, fused.dtype
+    held: Tensor | Callable[[], Tensor] = partial(quant.weight_of, base, dtype)
+    if quant.kind_of(base) is None:
+        # Where our own products read weights in fp32 nobody may ever ask for the copy.
+        held = base.weight.detach() if base.weight.dtype == dtype else partial(of, base.weight, dtype)
     return Linear(
-        held=of(base.weight, dtype) if quant.kind_of(base) is None else partial(quant.weight_of, base, dtype),
+        held=held,
         bias=None if base.bias is None else of(base.bias, dtype),
         a=None if factors is None else of(factors.a, dtype),
         b=None if factors is None else of(factors.b, dtype, factors.scale),
         scale=1.0 if factors is None else factors.scale,
         need_weight=base.weight.requires_grad,
         need_bias=base.bias is not None and base.bias.requires_grad,
+        own=base.weight if quant.kind_of(base) is None else None,
     )

@@ -22,10 +22,13 @@ from tunesmith.model.layer_ops import (
     compiled,
     gate,
     gate_backward,
+    input_gradient,
     linears,
     linears_backward,
     rms_norm,
     rms_norm_backward,
+    small_gradient,
+    weight_gradients,
     wide,
 )
 from tunesmith.model.layout import Layout
@@ -138,12 +141,10 @@ def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor
 
 def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor, LinearGrads]:
     """The down product needs the gate's output, which is worked out once more between its two halves."""
-    layer = plan.of.linear["down_proj"]
-    d = dy @ layer.weight
-    if layer.a is not None and layer.b is not None:
-        d.addmm_(dy @ layer.b, layer.a)
-    gated, d_inner, d_up = gate_backward(d, saved.inner, saved.up)
-    _, (grads,) = linears_backward([dy], gated, saved.small4, [layer], False)
+    group = [plan.of.linear["down_proj"]]
+    d_small = small_gradient([dy], group)
+    gated, d_inner, d_up = gate_backward(input_gradient([dy], d_small, group), saved.inner, saved.up)
+    (grads,) = weight_gradients([dy], gated, saved.small4, d_small, group)
     return d_inner, d_up, grads
 
 

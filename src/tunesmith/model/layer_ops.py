@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunesmith.model import native
+from tunesmith.model import gradients, native
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -75,8 +75,8 @@ def gate_backward(d: Tensor, inner: Tensor, up: Tensor) -> tuple[Tensor, Tensor,
 class Linear:
     """y = x W^T + bias + (x A^T) B^T with everything in the dtype of the products; B carries the adapter's scale already.
 
-    weight [out, in], a [r, in], b [out, r]. The flags say whose gradients are wanted. `held`: the weight, or what unpacks a quantised one
-    each time it is asked for.
+    weight [out, in], a [r, in], b [out, r]. The flags say whose gradients are wanted. `held`: the weight, or what gives it each time it is
+    asked for (unpacks a quantised one, copies one that is trained in fp32). `own`: the module's weight, where it is not quantised.
     """
 
     held: Tensor | Callable[[], Tensor]
@@ -86,15 +86,21 @@ class Linear:
     scale: float
     need_weight: bool
     need_bias: bool
+    own: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         return self.held if isinstance(self.held, Tensor) else self.held()
 
+    @property
+    def factor(self) -> Tensor:
+        """The weight for `Kernels.dense`, which rounds one in fp32 itself."""
+        return self.weight if self.own is None or self.own.dtype != torch.float32 else self.own.detach()
+
 
 @dataclass(slots=True)
 class LinearGrads:
-    """Gradients of one linear layer; None for what is frozen or absent."""
+    """Gradients of one linear layer; None for what is frozen or absent, or stands in the `.grad` already (see gradients.py)."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -105,13 +111,26 @@ class LinearGrads:
 def linears(x: Tensor, group: Sequence[Linear]) -> tuple[list[Tensor], Tensor | None]:
     """Several layers on the same input; their small products x A^T are one, returned [T, sum of ranks] for the backward pass."""
     adapted = [layer.a for layer in group if layer.a is not None]
-    small = x @ _joined(adapted).t() if adapted else None
-    outs, at = [], 0
+    fast = pairs(group, x)
+    small, outs, at = None, [], 0
+    if adapted:
+        joined = _joined(adapted)
+        small = x @ joined.t() if fast is None else fast.dense([(x, joined, False, True)], x.new_empty(len(x), len(joined)), native.NARROW)
     for layer in group:
-        y = x @ layer.weight.t() if layer.bias is None else torch.addmm(layer.bias, x, layer.weight.t())
-        if layer.a is not None and layer.b is not None and small is not None:
-            y.addmm_(small[:, at : at + len(layer.a)], layer.b.t())
+        part = None
+        if layer.a is not None and small is not None:
+            part = small[:, at : at + len(layer.a)]
             at += len(layer.a)
+        if fast is not None:
+            weight = layer.factor
+            terms = [(x, weight, False, True)]
+            if part is not None and layer.b is not None:
+                terms.append((part, layer.b, False, True))
+            outs.append(fast.dense(terms, x.new_empty(len(x), len(weight)), native.NARROW, bias=layer.bias))
+            continue
+        y = x @ layer.weight.t() if layer.bias is None else torch.addmm(layer.bias, x, layer.weight.t())
+        if part is not None and layer.b is not None:
+            y.addmm_(part, layer.b.t())
         outs.append(y)
     return outs, small
 
@@ -119,38 +138,93 @@ def linears(x: Tensor, group: Sequence[Linear]) -> tuple[list[Tensor], Tensor | 
 def linears_backward(
     dys: Sequence[Tensor], x: Tensor, small: Tensor | None, group: Sequence[Linear], need_x: bool
 ) -> tuple[Tensor | None, list[LinearGrads]]:
-    """Gradients with respect to x and to each layer's weights, in the dtype of the products.
+    """Gradients with respect to x and to each layer's weights.
 
     dA = (dy B)^T x, dB = s dy^T (x A^T), dx = sum of dy W + (dy B) A (Hu 2021, arXiv:2106.09685).
     """
-    grads = [LinearGrads() for _ in group]
-    adapted = [layer.a for layer in group if layer.a is not None]
-    d_small = torch.empty_like(small) if small is not None else None
-    at = 0
+    d_small = small_gradient(dys, group)
+    grads = weight_gradients(dys, x, small, d_small, group)
+    return input_gradient(dys, d_small, group) if need_x else None, grads
+
+
+def small_gradient(dys: Sequence[Tensor], group: Sequence[Linear]) -> Tensor | None:
+    """dy B of all layers, [T, sum of ranks]; None where no layer has an adapter."""
+    adapted = [(dy, layer.b) for dy, layer in zip(dys, group, strict=True) if layer.b is not None]
+    if not adapted:
+        return None
+    fast, at = pairs(group, *dys), 0
+    d_small = dys[0].new_empty(len(dys[0]), sum(b.shape[1] for _, b in adapted))
+    for dy, b in adapted:
+        part = d_small[:, at : at + b.shape[1]]
+        at += b.shape[1]
+        if fast is not None:
+            fast.dense([(dy, b, False, False)], part, native.NARROW)
+        else:
+            torch.mm(dy, b, out=part)
+    return d_small
+
+
+def input_gradient(dys: Sequence[Tensor], d_small: Tensor | None, group: Sequence[Linear]) -> Tensor:
+    """The gradient with respect to what all layers of the group read, [T, in]."""
+    joined = _joined([layer.a for layer in group if layer.a is not None]) if d_small is not None else None
+    if (fast := pairs(group, *dys)) is not None:
+        terms = [(dy, layer.factor, False, False) for dy, layer in zip(dys, group, strict=True)]
+        if d_small is not None and joined is not None:
+            terms.append((d_small, joined, False, False))
+        return fast.dense(terms, dys[0].new_empty(len(dys[0]), terms[0][1].shape[1]), native.NARROW)
+    dx = dys[0] @ group[0].weight
+    for dy, layer in zip(dys[1:], group[1:], strict=True):
+        dx.addmm_(dy, layer.weight)
+    return dx if d_small is None or joined is None else dx.addmm_(d_small, joined)
+
+
+def weight_gradients(
+    dys: Sequence[Tensor], x: Tensor, small: Tensor | None, d_small: Tensor | None, group: Sequence[Linear]
+) -> list[LinearGrads]:
+    """Gradients of each layer's weight, bias and factors: in fp32 from our own products, else in the dtype of the products."""
+    grads, fast, at = [LinearGrads() for _ in group], pairs(group, x, *dys), 0
     for dy, layer, grad in zip(dys, group, grads, strict=True):
-        if layer.a is not None and layer.b is not None and small is not None and d_small is not None:
-            part = slice(at, at + len(layer.a))
-            torch.mm(dy, layer.b, out=d_small[:, part])
-            grad.b = (small[:, part].t() @ dy).t().mul(layer.scale)
-            at += len(layer.a)
+        if layer.b is not None and small is not None:
+            part = small[:, at : at + layer.b.shape[1]]
+            at += layer.b.shape[1]
+            if fast is not None:
+                grad.b = fast.dense([(dy, part, True, False)], torch.empty(layer.b.shape), native.WIDE, layer.scale)
+            else:
+                grad.b = (part.t() @ dy).t().mul(layer.scale)
         if layer.need_weight:
-            grad.weight = dy.t() @ x
+            grad.weight = dy.t() @ x if fast is None else _weight_gradient(fast, dy, x, layer)
         if layer.need_bias:
             grad.bias = dy.sum(0)
     if d_small is not None:
-        at, joined = 0, d_small.t() @ x
+        wide_room = torch.empty(d_small.shape[1], x.shape[1]) if fast is not None else None
+        joined = d_small.t() @ x if fast is None or wide_room is None else fast.dense([(d_small, x, True, False)], wide_room, native.WIDE)
+        at = 0
         for layer, grad in zip(group, grads, strict=True):
             if layer.a is not None:
                 grad.a = joined[at : at + len(layer.a)]
                 at += len(layer.a)
-    if not need_x:
-        return None, grads
-    dx = dys[0] @ group[0].weight
-    for dy, layer in zip(dys[1:], group[1:], strict=True):
-        dx.addmm_(dy, layer.weight)
-    if d_small is not None:
-        dx.addmm_(d_small, _joined(adapted))
-    return dx, grads
+    return grads
+
+
+def _weight_gradient(fast: native.Kernels, dy: Tensor, x: Tensor, layer: Linear) -> Tensor | None:
+    """dy^T x in fp32; None where it has been added to the `.grad` of the weight."""
+    terms, own = [(dy, x, True, False)], layer.own
+    if own is None or own.dtype != torch.float32 or not own.is_contiguous() or not gradients.is_direct(own):
+        return fast.dense(terms, torch.empty(dy.shape[1], x.shape[1]), native.WIDE)
+    if own.grad is None:
+        own.grad = fast.dense(terms, torch.empty_like(own), native.WIDE)
+    else:
+        fast.dense(terms, own.grad, native.ADDED)
+    return None
+
+
+def pairs(group: Sequence[Linear], *rows: Tensor) -> native.Kernels | None:
+    """The compiled functions where their product can take these rows and the factors of the group, else None."""
+    if rows[0].dtype != torch.bfloat16 or not rows[0].is_cpu:
+        return None
+    fast = native.kernels(torch.bfloat16)
+    fit = fast is not None and fast.pairs and all(t.stride(1) == 1 and t.shape[1] % 2 == 0 for t in rows)
+    return fast if fit and all(layer.a is None or len(layer.a) % 2 == 0 for layer in group) else None
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

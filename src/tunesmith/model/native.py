@@ -13,10 +13,11 @@ import functools
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ class Kernels:
         self._draw.argtypes, self._draw.restype = [*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int], None
         self._step = library[f"step_{name}"]
         self._step.argtypes, self._step.restype = [ctypes.c_void_p], None
+        self._dense = None
+        if dtype == torch.bfloat16 and library["can_dense"]():
+            self._dense = library["dense"]
+            self._dense.argtypes, self._dense.restype = [ctypes.c_char_p, *[_KINDS[kind] for kind in "NPNNNNFP"], ctypes.c_int], None
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """RMS norm [.., E] in T of x in fp32; also x / rms(x) in T and 1 / rms(x) [.., 1] in fp32, which its gradient needs."""
@@ -198,13 +203,36 @@ class Kernels:
         )  # fmt: skip
         return tokens, totals
 
+    @property
+    def pairs(self) -> bool:
+        """Whether `dense` is there: the processor multiplies pairs of bf16, and has no matrix unit, which PyTorch uses well."""
+        return self._dense is not None
+
+    def dense(self, terms: Sequence[Term], out: Tensor, kind: int, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+        """out = scale * (bias + sum of a b over the terms), summed in fp32: NARROW in bf16, WIDE in fp32, or ADDED to what `out` holds in fp32.
+
+        A term is (a, b, turned, of_weight): a [rows, depth], or where it is turned [depth, rows]; b [depth, columns], or as a weight
+        [columns, depth], in bf16 or fp32 that is rounded to bf16. Numbers of a row lie side by side; the depth of an a that is not turned is even.
+        """
+        assert self._dense is not None
+        words: list[int] = []
+        for a, b, turned, of_weight in terms:
+            words += (a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), a.shape[not turned], turned, of_weight, b.dtype == torch.float32)
+        self._dense(
+            struct.pack(f"{len(words)}q", *words), len(terms), out.data_ptr(), out.stride(0), *out.shape, kind, scale, at(bias),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
     def step(self, step: ctypes.Structure) -> None:
         """All layers over one new token of every row, as a Step of cpp/step.cpp says."""
         self._step(ctypes.addressof(step))
 
 
 NARROW, WIDE, ACTIVE = range(3)  # kinds of products
+ADDED = 2  # of `dense`, in the place of ACTIVE
 HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)  # that cpp/attention.h is made for
+Term = tuple[Tensor, Tensor, bool, bool]
 Multiply = tuple[int, int]  # addresses of what multiplies a block and of what gives the matrix unit back
 
 
