@@ -53,8 +53,8 @@ def train(
     from tunesmith.cli.imports import heavy_imports
 
     with heavy_imports():
-        import peft  # noqa: F401  brings the rest of transformers, which every run needs
-
+        if any(stage.recipe.model.adapter is not None for stage in loaded):
+            import peft  # noqa: F401  brings the rest of transformers, which every run needs
         from tunesmith.training.run import train_stages
         from tunesmith.training.speed import process_start
 

@@ -17,7 +17,7 @@ from tunesmith.model.attention import window_of
 from tunesmith.model.cached_layer import Part, Ready
 from tunesmith.model.copies import Copies
 from tunesmith.model.feed import Feed, NextTokens
-from tunesmith.model.fused_layer import PROJECTIONS, Parts, Plan, fused_layer, rotary_tables
+from tunesmith.model.fused_layer import PROJECTIONS, Parts, Plan, by_documents, fused_layer, rotary_tables
 from tunesmith.model.layer_ops import Linear, wide
 from tunesmith.model.layout import Layout
 from tunesmith.model.products import product
@@ -183,12 +183,16 @@ def _train(
     """The layer over whole rows."""
     attention, fused, parts = layer.self_attn, layer.tunesmith, held.parts
     with torch.autocast("cpu", enabled=False):
+        fast, shape = by_documents(parts.dtype, position_embeddings[0].shape[-1]), (parts.keys, parts.group)
+        if attention.head_dim != position_embeddings[0].shape[-1]:  # a part of each head is turned
+            fast = None
         plan = Plan(
             of=parts,
             layout=layout,
-            rotary=rotary_tables(*position_embeddings, layout, parts.keys, parts.group, float(attention.scaling), parts.dtype),
+            rotary=rotary_tables(*position_embeddings, layout, *shape, float(attention.scaling), parts.dtype, fast is not None),
             window=window_of(marker, getattr(attention, "sliding_window", None), layout),
             recompute=fused.recompute,
+            fast=fast,
         )
         y = fused_layer(hidden_states[0].to(wide(parts.dtype)), plan, *held.parameters)
         # What follows the last layer (a norm, perhaps transformers' own head) finds the dtype that it knows.

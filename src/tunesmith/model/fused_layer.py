@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.model import gradients
+from tunesmith.model import gradients, native
 from tunesmith.model.bucket_attention import attend_padded, attend_padded_backward
 from tunesmith.model.layer_ops import (
     Linear,
@@ -73,6 +73,7 @@ class Plan:
     rotary: Rotary
     window: int
     recompute: bool
+    fast: native.Kernels | None = None  # attention by documents in a function of ours: rows stay in the order of tokens
 
 
 @dataclass(slots=True)
@@ -102,9 +103,12 @@ def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Saved]:
     layers = plan.of.linear
     h, unit1, inverse1 = rms_norm(x, plan.of.first_norm, plan.of.eps)
     (query, key, value), small1 = linears(h, [layers["q_proj"], layers["k_proj"], layers["v_proj"]])
-    q, k, v, heads = _to_padded(query, key, value, plan)
-    out, kept = attend_padded(q, k, v, plan.layout, plan.of.keys, plan.of.group, plan.window)
-    attended = out.index_select(0, plan.layout.queries(plan.of.keys, plan.of.group).back).view(len(x), -1)
+    q, k, v, heads = _turned(query, key, value, plan)
+    if plan.fast is not None:
+        attended, *kept = plan.fast.attend_documents(q, k, v, plan.layout.documents, plan.of.keys, plan.window)
+    else:
+        out, kept = attend_padded(q, k, v, plan.layout, plan.of.keys, plan.of.group, plan.window)
+        attended = out.index_select(0, plan.layout.queries(plan.of.keys, plan.of.group).back).view(len(x), -1)
     (o,), small2 = linears(attended, [layers["o_proj"]])
     x = x + o
     h, unit2, inverse2 = rms_norm(x, plan.of.second_norm, plan.of.eps)
@@ -148,9 +152,9 @@ def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor
     return d_inner, d_up, grads
 
 
-def _to_padded(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Query, key and value [T, heads * D] as padded rows [R, D], turned by their positions."""
-    width = query.shape[1] // (plan.of.keys * plan.of.group)
+def _turned(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Query, key and value [T, heads * D] turned by their positions: as padded rows [R, D], or as they were, for attention by documents."""
+    tokens, width = len(query), query.shape[1] // (plan.of.keys * plan.of.group)
     rows, key_rows = plan.layout.queries(plan.of.keys, plan.of.group), plan.layout.keys(plan.of.keys)
     query, key, value = (t.view(-1, width) for t in (query, key, value))
     heads = []
@@ -158,6 +162,12 @@ def _to_padded(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[T
         query, *first = rms_norm(query.to(wide(plan.of.dtype)), plan.of.head_norms[0], plan.of.eps)
         key, *second = rms_norm(key.to(wide(plan.of.dtype)), plan.of.head_norms[1], plan.of.eps)
         heads = [(first[0], first[1]), (second[0], second[1])]
+    if plan.fast is not None:
+        turned = (
+            plan.fast.turn(t, plan.layout.straight(len(t) // tokens), by) for t, by in ((query, plan.rotary.query), (key, plan.rotary.key))
+        )
+        q, k = (t.view(tokens, -1) for t in turned)
+        return q, k, value.view(tokens, -1), heads
     q = _turn(query, rows.to_padded, rows.swapped, plan.rotary.query)
     k = _turn(key, key_rows.to_padded, key_rows.swapped, plan.rotary.key)
     return q, k, value.index_select(0, key_rows.to_padded), heads
@@ -173,6 +183,8 @@ def _turn(rows: Tensor, index: Tensor, swapped: Tensor, tables: tuple[Tensor, Te
 
 
 def _attention_backward(d: Tensor, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    if plan.fast is not None:
+        return _documents_backward(d, plan, saved, plan.fast)
     rows, key_rows = plan.layout.queries(plan.of.keys, plan.of.group), plan.layout.keys(plan.of.keys)
     width = saved.q.shape[1]
     do = d.view(-1, width).index_select(0, rows.to_padded).index_fill_(0, rows.filler, 0.0)
@@ -180,19 +192,45 @@ def _attention_backward(d: Tensor, plan: Plan, saved: Saved) -> tuple[Tensor, Te
     dq = _turn(dq, rows.back, rows.swapped_back, plan.rotary.query_back)
     dk = _turn(dk, key_rows.back, key_rows.swapped_back, plan.rotary.key_back)
     dv = dv.index_select(0, key_rows.back)
-    d_heads: list[Tensor | None] = [None, None]
-    if plan.of.head_norms is not None:
-        (unit, inverse), (key_unit, key_inverse) = saved.heads
-        wide_q, d_heads[0] = rms_norm_backward(dq, unit, inverse, plan.of.head_norms[0], plan.of.train_norms)
-        wide_k, d_heads[1] = rms_norm_backward(dk, key_unit, key_inverse, plan.of.head_norms[1], plan.of.train_norms)
-        dq, dk = wide_q.to(plan.of.dtype), wide_k.to(plan.of.dtype)
+    dq, dk, d_heads = _head_norms_backward(dq, dk, plan, saved)
     tokens = len(d)
     return dq.view(tokens, -1), dk.view(tokens, -1), dv.view(tokens, -1), d_heads
 
 
-def rotary_tables(cos: Tensor, sin: Tensor, layout: Layout, keys: int, group: int, scale: float, dtype: torch.dtype) -> Rotary:
-    """The tables for this layout from transformers' cos and sin [1, T, D], worked out once for all layers that share them."""
-    name = ("rotary", cos.data_ptr(), sin.data_ptr(), keys, group, scale, dtype)
+def _documents_backward(d: Tensor, plan: Plan, saved: Saved, fast: native.Kernels) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    tokens, back = len(d), (d, saved.attended, saved.kept[0])
+    dq, dk, dv = fast.attend_documents(saved.q, saved.k, saved.v, plan.layout.documents, plan.of.keys, plan.window, back)
+    heads = plan.of.keys * plan.of.group
+    dq = fast.turn(dq.view(tokens * heads, -1), plan.layout.straight(heads), plan.rotary.query_back)
+    dk = fast.turn(dk.view(tokens * plan.of.keys, -1), plan.layout.straight(plan.of.keys), plan.rotary.key_back)
+    dq, dk, d_heads = _head_norms_backward(dq, dk, plan, saved)
+    return dq.view(tokens, -1), dk.view(tokens, -1), dv, d_heads
+
+
+def _head_norms_backward(dq: Tensor, dk: Tensor, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Through the norms of query's and key's heads, where there are any."""
+    if plan.of.head_norms is None:
+        return dq, dk, [None, None]
+    (unit, inverse), (key_unit, key_inverse) = saved.heads
+    wide_q, d_query = rms_norm_backward(dq, unit, inverse, plan.of.head_norms[0], plan.of.train_norms)
+    wide_k, d_key = rms_norm_backward(dk, key_unit, key_inverse, plan.of.head_norms[1], plan.of.train_norms)
+    return wide_q.to(plan.of.dtype), wide_k.to(plan.of.dtype), [d_query, d_key]
+
+
+def by_documents(dtype: torch.dtype, width: int) -> native.Kernels | None:
+    """The compiled functions where attention goes by documents: heads of a multiple of 32 numbers in bf16, on processors that have it."""
+    fast = native.kernels(dtype) if dtype == torch.bfloat16 and width % 32 == 0 else None
+    return fast if fast is not None and fast.pairs else None
+
+
+def rotary_tables(
+    cos: Tensor, sin: Tensor, layout: Layout, keys: int, group: int, scale: float, dtype: torch.dtype, straight: bool = False
+) -> Rotary:
+    """The tables for this layout from transformers' cos and sin [1, T, D], worked out once for all layers that share them.
+
+    `straight`: for rows in the order of tokens instead of the padded one.
+    """
+    name = ("rotary", cos.data_ptr(), sin.data_ptr(), keys, group, scale, dtype, straight)
     if name not in layout.kept:
         held = (cos, sin)  # kept, so that no other tensor takes their address while it is a name
         rows, key_rows = layout.queries(keys, group), layout.keys(keys)
@@ -205,8 +243,8 @@ def rotary_tables(cos: Tensor, sin: Tensor, layout: Layout, keys: int, group: in
 
         layout.kept[name] = (
             Rotary(
-                pair(rows.to_padded // rows.heads, 1, scale),
-                pair(key_rows.to_padded // keys, 1, 1.0),
+                pair(tokens.repeat_interleave(rows.heads) if straight else rows.to_padded // rows.heads, 1, scale),
+                pair(tokens.repeat_interleave(keys) if straight else key_rows.to_padded // keys, 1, 1.0),
                 pair(tokens.repeat_interleave(rows.heads), -1, scale),
                 pair(tokens.repeat_interleave(keys), -1, 1.0),
             ),

@@ -20,7 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-TAIL = 64  # on a CPU the number of tokens is made a multiple of this
+from tunesmith.model import native
+
+TAIL, OWN_TAIL = 64, 16  # on a CPU the number of tokens is made a multiple of this, the second where products are ours
 STEP = 16  # widths and heights are multiples of this
 BLOCK = 128  # query rows that are done at once: what lies right of a block of rows is never computed
 SPREAD = 0.25  # a document shorter than this part of a bucket's width opens a new bucket (its keys would be mostly filler)
@@ -121,7 +123,8 @@ class Layout:
         self.device = device
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self.real = int(self.starts[-1])
-        self.total = -(-self.real // TAIL) * TAIL if device.type == "cpu" else self.real
+        tail = 1 if device.type != "cpu" else OWN_TAIL if native.pairs() else TAIL
+        self.total = -(-self.real // tail) * tail
         # Filler stands at position 0: rotary angles may depend on the largest position in sight.
         self.trees = {number: (front, tuple(tails)) for number, (front, tails) in (trees or {}).items()}
         places = [*(self._places(number) for number in range(len(self.lengths))), np.zeros(self.total - self.real, np.int64)]
@@ -135,6 +138,28 @@ class Layout:
         self._keys: dict[int, HeadIndex] = {}
         self._seen: dict[tuple[int, int], Tensor] = {}
         self.kept: dict[Any, Any] = {}  # what layers work out once for all of them, e.g. rotary tables
+
+    @functools.cached_property
+    def documents(self) -> tuple[Ints, npt.NDArray[np.int32]]:
+        """Of each document its first token and its length; of each token (P, first): it sees the keys before P and those from `first` on.
+
+        Both count from the document's start; a token of no tail has (0, 0).
+        """
+        sight = np.zeros((self.real, 2), np.int32)
+        for number, (front, tails) in self.trees.items():
+            start, end = self.spans[number]
+            for tail in tails:
+                sight[start + tail : end] = front, tail
+        spans = np.array([(start, end - start) for start, end in self.spans], np.int64).reshape(-1, 2)
+        return spans, sight
+
+    def straight(self, heads: int) -> Tensor:
+        """The numbers of all rows [N * heads], as they stand."""
+        name = ("straight", heads)
+        if name not in self.kept:
+            self.kept[name] = torch.arange(self.total * heads, device=self.device)
+        rows: Tensor = self.kept[name]
+        return rows
 
     def _places(self, number: int) -> Ints:
         """The positions of a document's tokens."""

@@ -6,6 +6,7 @@ inside. Saved for the backward pass: x and x A^T; PEFT's forward keeps two more 
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ def fuse(model: nn.Module) -> int:
 
 def unfuse(model: nn.Module) -> None:
     """Give every LoRA layer PEFT's own forward back."""
+    if "peft" not in sys.modules:
+        return
     from peft.tuners.lora.layer import LoraLayer
 
     for module in model.modules():
@@ -73,6 +76,8 @@ def unfuse(model: nn.Module) -> None:
 
 def fits(module: nn.Module) -> bool:
     """Whether this is PEFT's plain LoRA layer (no variant such as DoRA) on a plain or quantised linear one."""
+    if "peft" not in sys.modules:  # then nothing is; importing it takes a second and 60 MB
+        return False
     from peft.tuners.lora.layer import Linear, LoraLayer
 
     if not isinstance(module, LoraLayer) or module.lora_variant:

@@ -65,6 +65,16 @@ _MULTIPLY = {"float32": _BRGEMM + "PKfS3_Pfb", "bfloat16": _BRGEMM + "PKN3c108BF
 _RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
 
 
+class Documents(ctypes.Structure):
+    """What cpp/documents.cpp reads, in its order."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "kv_stride", "keys", "group", "width", "window", "count")),
+        *((name, ctypes.c_void_p) for name in ("spans", "sight", "out", "logs", "d_out", "dq", "dk", "dv")),
+    )
+
+
 class Kernels:
     """The compiled functions for products in one dtype T. Tensors are contiguous where nothing else is said; N rows, E columns."""
 
@@ -83,6 +93,8 @@ class Kernels:
         if dtype == torch.bfloat16 and library["can_dense"]():
             self._dense = library["dense"]
             self._dense.argtypes, self._dense.restype = [ctypes.c_char_p, *[_KINDS[kind] for kind in "NPNNNNFP"], ctypes.c_int], None
+            self._attend = library["attend_documents"]
+            self._attend.argtypes, self._attend.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """RMS norm [.., E] in T of x in fp32; also x / rms(x) in T and 1 / rms(x) [.., 1] in fp32, which its gradient needs."""
@@ -209,20 +221,52 @@ class Kernels:
         return self._dense is not None
 
     def dense(self, terms: Sequence[Term], out: Tensor, kind: int, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
-        """out = scale * (bias + sum of a b over the terms), summed in fp32: NARROW in bf16, WIDE in fp32, or ADDED to what `out` holds in fp32.
+        """out = scale * (bias + sum of a b over the terms), summed in fp32: NARROW in bf16, WIDE in fp32, or ADDED to an `out` in fp32.
 
         A term is (a, b, turned, of_weight): a [rows, depth], or where it is turned [depth, rows]; b [depth, columns], or as a weight
-        [columns, depth], in bf16 or fp32 that is rounded to bf16. Numbers of a row lie side by side; the depth of an a that is not turned is even.
+        [columns, depth], in bf16, or in fp32 and rounded to bf16 here. Numbers of a row lie side by side; an a that is not turned has an
+        even depth, and so has a b as a weight.
         """
         assert self._dense is not None
         words: list[int] = []
         for a, b, turned, of_weight in terms:
-            words += (a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), a.shape[not turned], turned, of_weight, b.dtype == torch.float32)
+            words += (
+                a.data_ptr(),
+                b.data_ptr(),
+                a.stride(0),
+                b.stride(0),
+                a.shape[not turned],
+                turned,
+                of_weight,
+                b.dtype == torch.float32,
+            )
         self._dense(
             struct.pack(f"{len(words)}q", *words), len(terms), out.data_ptr(), out.stride(0), *out.shape, kind, scale, at(bias),
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def attend_documents(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], keys: int, window: int,
+        back: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Causal attention [T, H W] in every document, q scaled; and for the way back the logarithms of the sums [T, H] in fp32.
+
+        q [T, H W], k and v [T, K W], `documents` as `Layout.documents` has them; tokens of no document get zeros. With `back`, the gradient
+        of the output, the output and the logarithms, the gradients of q, k and v. Raises nothing; W is a multiple of 32, and `pairs` holds.
+        """
+        spans, sight = documents
+        real, width = len(sight), k.shape[1] // keys
+        made = [torch.empty_like(t) for t in ((q,) if back is None else (q, k, v))]
+        for t in made:
+            t[real:].zero_()
+        d_out, out, logs = back or (None, made[0], torch.empty(len(q), q.shape[1] // width))
+        work = Documents(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), keys, q.shape[1] // k.shape[1], width, window, len(spans),
+            spans.ctypes.data, sight.ctypes.data, out.data_ptr(), logs.data_ptr(), at(d_out), *map(at, made if back else ()),
+        )  # fmt: skip
+        self._attend(ctypes.addressof(work), back is not None, torch.get_num_threads())
+        return (out, logs) if back is None else tuple(made)
 
     def step(self, step: ctypes.Structure) -> None:
         """All layers over one new token of every row, as a Step of cpp/step.cpp says."""
@@ -244,6 +288,12 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 def multiplier(dtype: torch.dtype) -> Multiply | None:
     """What multiplies rows by blocks of weights in bf16, fp32 or int8; None where PyTorch or the processor has no such function."""
     return _multiplier(str(dtype).removeprefix("torch.")) if _on else None
+
+
+def pairs() -> bool:
+    """Whether products of training in bf16 are our own (`Kernels.dense`)."""
+    fast = kernels(torch.bfloat16)
+    return fast is not None and fast.pairs
 
 
 def in_strips() -> bool:

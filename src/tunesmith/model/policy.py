@@ -54,6 +54,7 @@ class Policy:
         self.own_attention: str = self.causal.config._attn_implementation
         self._neftune = 0.0
         self._lengths: Tensor | None = None
+        self._named: tuple[tuple[str, nn.Parameter], ...] | None = None
         self.alone_from = alone_from(self.causal.config)
         self.autocast = (
             dtype != torch.float32
@@ -175,7 +176,12 @@ class Policy:
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The trained weights in a stable order; a tied weight stands once."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or id(p) in self.resting}
+        named = self.model.named_parameters() if self._named is None else self._named
+        return {name: p for name, p in named if p.requires_grad or id(p) in self.resting}
+
+    def settle(self) -> None:
+        """From here on no parameter is exchanged for another: their names are looked for once and not several times a step."""
+        self._named = tuple(self.model.named_parameters())
 
     def rest(self, parameters: Sequence[nn.Parameter]) -> None:
         """From now on these of the trained weights rest: they have no gradients and are still saved, restored and counted as trained."""

@@ -204,6 +204,7 @@ def _build(
     if "reference" in needs:
         prepared = _with_reference(recipe, policy, identity().base, tokenizer, budget, ranks, prepared, source.used())
         source = Offline(prepared.train, recipe.run)
+    policy.settle()
     parameters = policy.parameters_by_name()
     lr = peak_lr(recipe.optim, recipe.model.adapter, wanted(terms))
     lr_ratio = getattr(recipe.model.adapter, "lr_ratio", 1.0)

@@ -1,0 +1,182 @@
+// Blocks of products in bf16 for processors that multiply pairs of bf16 (AVX512-BF16) and have no matrix unit: rows as they lie in memory
+// meet panels of columns that are laid out as pairs of depth, and sums stay in fp32 registers.
+#pragma once
+#include "vectors.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)
+#define PAIRS
+#endif
+
+namespace {
+
+// What native.py fills in. `a` is [rows, depth], or with `turned` [depth, rows]; `b` is [depth, columns], or with `of_weight` [columns, depth],
+// in bf16 or, `wide`, in fp32. Strides count numbers, and the depth of rows is even where they are not turned or `of_weight`.
+struct Term {
+    const bf16* a;
+    const void* b;
+    int64_t a_stride, b_stride, depth, turned, of_weight, wide;
+};
+
+enum Kind { NARROW, WIDE, ADD };  // c in bf16, in fp32, or added to what is there in fp32
+
+#ifdef PAIRS
+
+constexpr int MOST = 3;                 // vectors of a panel
+constexpr int64_t TALL = 8, SLIM = 16;  // rows that meet it at a time: of a panel of one vector twice as many
+constexpr int TERMS = 8;
+
+inline __m512i joined(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+inline __m256i some(const bf16* from, __mmask16 seen) { return _mm256_maskz_loadu_epi16(seen, from); }
+
+inline __m256i some(const float* from, __mmask16 seen) { return as<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(seen, from))); }
+
+// Pairs of one weight row, at most 16 of them.
+inline __m512i pairs(const bf16* from, int64_t count) { return _mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), from); }
+
+inline __m512i pairs(const float* from, int64_t count) {
+    const uint32_t seen = count < 16 ? (1u << 2 * count) - 1 : ~0u;
+    const __m512 low = _mm512_maskz_loadu_ps(__mmask16(seen), from), high = _mm512_maskz_loadu_ps(__mmask16(seen >> 16), from + 16);
+    return as<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+// 16 rows of 16 pairs become 16 columns.
+inline void turn_square(__m512i* r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+// The columns from `first` on of b, `vectors` times 16 of them, as a panel [pairs of depth, vectors * 16] of pairs; zeros for what is missing.
+template <class T>
+void lay_panel(const T* b, const Term& term, int64_t first, int64_t columns, int vectors, __m512i* to) {
+    const int64_t depth = (term.depth + 1) / 2;
+    for (int v = 0; v < vectors; v++, first += 16) {
+        const int64_t count = std::max<int64_t>(0, std::min<int64_t>(16, columns - first));
+        if (!term.of_weight) {
+            const __mmask16 seen = __mmask16((1u << count) - 1);
+            for (int64_t k = 0; k < depth; k++) {
+                const T* at = b + 2 * k * term.b_stride + first;
+                const bool last = 2 * k + 1 == term.depth;
+                to[k * vectors + v] = joined(some(at, seen), last ? _mm256_setzero_si256() : some(at + term.b_stride, seen));
+            }
+            continue;
+        }
+        for (int64_t k = 0; k < depth; k += 16) {
+            const int64_t left = std::min<int64_t>(16, depth - k);
+            __m512i square[16];
+            for (int64_t i = 0; i < 16; i++)
+                square[i] = i < count ? pairs(b + (first + i) * term.b_stride + 2 * k, left) : _mm512_setzero_si512();
+            turn_square(square);
+            for (int64_t i = 0; i < left; i++) to[(k + i) * vectors + v] = square[i];
+        }
+    }
+}
+
+// Rows `first` to `first` + 8 of a turned a as [pairs of depth, 8] pairs.
+void lay_rows(const Term& term, int64_t first, int64_t rows, __m256i* to) {
+    const __mmask8 seen = __mmask8((1u << std::min<int64_t>(TALL, rows - first)) - 1);
+    for (int64_t k = 0; k < term.depth; k += 2) {
+        const bf16* at = term.a + k * term.a_stride + first;
+        const __m128i even = _mm_maskz_loadu_epi16(seen, at);
+        const __m128i odd = k + 1 < term.depth ? _mm_maskz_loadu_epi16(seen, at + term.a_stride) : _mm_setzero_si128();
+        *to++ = _mm256_or_si256(_mm256_cvtepu16_epi32(even), _mm256_slli_epi32(_mm256_cvtepu16_epi32(odd), 16));
+    }
+}
+
+// Where the pairs of some rows lie: row r at `at` + r * `row` bytes, each pair `step` bytes behind the one before.
+struct Rows {
+    const char* at;
+    int64_t row, step, depth;
+};
+
+// Memory of a thread, kept from call to call; the calling thread has one of each number.
+template <int NUMBER>
+struct Shelf {
+    static char* of(int64_t bytes) {
+        static thread_local std::unique_ptr<char[]> held;
+        static thread_local int64_t size = 0;
+        if (size < bytes + 64) held.reset(new char[size = bytes + 64]);
+        return held.get() + (64 - reinterpret_cast<uintptr_t>(held.get()) % 64) % 64;
+    }
+};
+
+struct Out {
+    void* c;
+    int64_t stride, columns;  // from the panel's first on
+    Kind kind;
+    float scale;
+    const bf16* bias;
+};
+
+template <int R, int V, int STEP>
+inline void multiply(const Rows& rows, const __m512i* panel, __m512 (&sums)[R][V]) {
+    const char* at[R];
+    for (int r = 0; r < R; r++) at[r] = rows.at + r * rows.row;
+    for (int64_t k = 0, far = 0; k < rows.depth; k++, far += STEP) {
+        __m512bh b[V];
+        for (int v = 0; v < V; v++) b[v] = as<__m512bh>(panel[k * V + v]);
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, at[r] + far, 4);
+            const __m512bh a = as<__m512bh>(_mm512_set1_epi32(pair));
+            for (int v = 0; v < V; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, b[v]);
+        }
+    }
+}
+
+// R rows of c.
+template <int R, int V>
+void block(const Rows* rows, int terms, const __m512i* panel, int64_t row, const Out& out) {
+    __m512 sums[R][V];
+    for (int v = 0; v < V; v++) {
+        const int64_t count = std::min<int64_t>(16, out.columns - 16 * v);
+        const Vec first = out.bias && count > 0 ? load(out.bias + 16 * v, count) : Vec{};
+        for (int r = 0; r < R; r++) sums[r][v] = as<__m512>(first);
+    }
+    for (int t = 0; t < terms; panel += rows[t++].depth * V) {
+        if (rows[t].step == 4)
+            multiply<R, V, 4>(rows[t], panel, sums);
+        else
+            multiply<R, V, 4 * TALL>(rows[t], panel, sums);
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) {
+            const int64_t count = std::min<int64_t>(16, out.columns - 16 * v), place = (row + r) * out.stride + 16 * v;
+            if (count <= 0) break;
+            const __mmask16 seen = __mmask16((1u << count) - 1);
+            const __m512 sum = _mm512_mul_ps(sums[r][v], _mm512_set1_ps(out.scale));
+            float* wide = static_cast<float*>(out.c) + place;
+            if (out.kind == NARROW)
+                _mm256_mask_storeu_epi16(static_cast<bf16*>(out.c) + place, seen, as<__m256i>(_mm512_cvtneps_pbh(sum)));
+            else if (out.kind == WIDE)
+                _mm512_mask_storeu_ps(wide, seen, sum);
+            else
+                _mm512_mask_storeu_ps(wide, seen, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(seen, wide)));
+        }
+}
+
+using Block = void (*)(const Rows*, int, const __m512i*, int64_t, const Out&);
+
+template <int V>
+Block block_of(int64_t rows) {
+    static constexpr Block tall[] = {block<1, V>, block<2, V>, block<3, V>, block<4, V>, block<5, V>, block<6, V>, block<7, V>, block<8, V>};
+    return rows == SLIM ? block<V == 1 ? SLIM : 1, V> : tall[rows - 1];
+}
+
+#endif
+
+}  // namespace
