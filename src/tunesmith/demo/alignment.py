@@ -201,7 +201,8 @@ def _first_slips(policy: Policy, rows: Sequence[Tokens]) -> tuple[float, Interva
 
 def _calibration(policy: Policy, rows: Sequence[Tokens]) -> list[dict[str, Any]]:
     """Pairs by the probability that the model gives the answer it prefers, beside how often that answer is the better one."""
-    scores = np.array([score for (score,) in _scores(policy, rows)]).reshape(-1, 2)
+    # With a loss at every token there is a score at each; the answer's own is the last one.
+    scores = np.array([score[-1] for score in _scores(policy, rows)]).reshape(-1, 2)
     margin = scores[:, 0] - scores[:, 1]
     sure = 1 / (1 + np.exp(-np.abs(margin)))
     bins = []
