@@ -1,0 +1,203 @@
+"""Our products and attention of training in bf16 against fp64: where the processor multiplies pairs of bf16, they must be there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from processors import COMPILER, able
+from tiny_models import make_batch, make_model, make_policy
+from torch import Tensor
+
+from tunesmith.model import native
+from tunesmith.model.gradients import direct
+from tunesmith.model.layer_ops import Linear, LinearGrads, linears, linears_backward
+from tunesmith.model.layout import Layout
+
+CPU = torch.device("cpu")
+HERE = COMPILER and native._on and able("avx512_bf16") and not able("amx_bf16")
+needs_pairs = pytest.mark.skipif(not HERE, reason="this processor multiplies no pairs of bf16, or has a matrix unit that does")
+
+
+def kernels() -> native.Kernels:
+    fast = native.kernels(torch.bfloat16)
+    assert fast is not None
+    assert fast.pairs
+    return fast
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def near(ours: Tensor, truth: Tensor, steps: float) -> None:
+    """Within so many roundings of the largest number."""
+    assert ours.isfinite().all()
+    assert float((ours.double() - truth).abs().max()) <= steps * float(truth.abs().max()), (ours, truth)
+
+
+FP32, BF16 = 1e-5, 2**-8
+
+
+@needs_pairs
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 37, 130, 600])
+@pytest.mark.parametrize(("depth", "columns"), [(2, 1), (8, 16), (30, 33), (64, 48), (192, 50), (576, 100), (64, 200)])
+def test_a_product_is_its_formula(rows: int, depth: int, columns: int) -> None:
+    fast, x, weight, bias = kernels(), normal(rows, depth), normal(columns, depth, seed=1), normal(columns, seed=2)
+    truth = x.double() @ weight.double().t()
+    wide = torch.empty(rows, columns)
+    near(fast.dense([(x, weight, False, True)], wide, native.WIDE), truth, FP32)
+    near(fast.dense([(x, weight.float(), False, True)], wide, native.WIDE), truth, FP32)
+    near(fast.dense([(x, weight.t().contiguous(), False, False)], wide, native.WIDE), truth, FP32)
+    near(fast.dense([(x.t().contiguous(), weight.t().contiguous(), True, False)], wide, native.WIDE), truth, FP32)
+    held = wide.fill_(3.0)
+    near(fast.dense([(x, weight, False, True)], held, native.ADDED), truth + 3, FP32)
+    narrow = torch.empty(rows, columns, dtype=torch.bfloat16)
+    near(fast.dense([(x, weight, False, True)], narrow, native.NARROW, 0.5, bias), (truth + bias.double()) / 2, BF16)
+
+
+@needs_pairs
+@pytest.mark.parametrize("tokens", [1, 2, 15, 64, 129])
+def test_a_product_over_tokens_takes_any_number_of_them(tokens: int) -> None:
+    dy, x = normal(tokens, 70), normal(tokens, 34, seed=1)
+    near(kernels().dense([(dy, x, True, False)], torch.empty(70, 34), native.WIDE), dy.double().t() @ x.double(), FP32)
+
+
+@needs_pairs
+def test_terms_add_up_and_may_be_columns_of_wider_rows() -> None:
+    fast, x, small = kernels(), normal(37, 64), normal(37, 48, seed=1)
+    weight, b = normal(90, 64, seed=2), normal(90, 16, seed=3)
+    room = torch.full((37, 100), 7.0, dtype=torch.bfloat16)
+    fast.dense([(x, weight, False, True), (small[:, 16:32], b, False, True)], room[:, 5:95], native.NARROW)
+    near(room[:, 5:95], x.double() @ weight.double().t() + small[:, 16:32].double() @ b.double().t(), BF16)
+    assert room[:, :5].eq(7).all()
+    assert room[:, 95:].eq(7).all()
+
+
+@needs_pairs
+def test_one_bad_row_leaves_the_others_alone() -> None:
+    x = normal(20, 64)
+    x[3, 5] = math.nan
+    out = kernels().dense([(x, normal(50, 64, seed=1), False, True)], torch.empty(20, 50), native.WIDE)
+    assert out[3].isnan().all()
+    assert out[:3].isfinite().all()
+    assert out[4:].isfinite().all()
+
+
+def group_of(ranks: list[int | None], dtype: torch.dtype, **flags: Any) -> list[Linear]:
+    """Three layers on 64 inputs with factors of these ranks."""
+    made = []
+    for place, (rank, outs) in enumerate(zip(ranks, (96, 32, 34), strict=True)):
+        weight = normal(outs, 64, seed=place, dtype=torch.float32) / 8
+        a, b = (None, None) if rank is None else (normal(rank, 64, seed=10 + place) / 8, normal(outs, rank, seed=20 + place) / 8)
+        factors = [None if t is None else t.to(dtype) for t in (a, b)]
+        made.append(Linear(weight.to(torch.bfloat16).to(dtype), None, *factors, 2.0, flags.get("weight", False), False, flags.get("own")))
+    return made
+
+
+def numbers(found: tuple[Tensor | None, list[LinearGrads]]) -> list[Tensor]:
+    dx, grads = found
+    assert dx is not None
+    return [dx, *(t for grad in grads for t in (grad.weight, grad.a, grad.b) if t is not None)]
+
+
+@needs_pairs
+@pytest.mark.parametrize("ranks", [[None, None, None], [16, 16, 16], [2, None, 8], [3, 4, 5]])
+def test_linear_layers_are_nearer_to_fp64_than_pytorchs(ranks: list[int | None]) -> None:
+    """Odd ranks go PyTorch's way, and everything agrees with it."""
+    x, dys = normal(130, 64), [normal(130, outs, seed=outs) for outs in (96, 32, 34)]
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        group = group_of(ranks, dtype, weight=True)
+        outs, small = linears(x.to(dtype), group)
+        return [*outs, *numbers(linears_backward([dy.to(dtype) for dy in dys], x.to(dtype), small, group, True))]
+
+    truth, ours = run(torch.float64), run(torch.bfloat16)
+    with native.switched(False):
+        plain = run(torch.bfloat16)
+    for right, mine, theirs in zip(truth, ours, plain, strict=True):
+        far = float((mine.double() - right).abs().max())
+        assert far <= 1.1 * float((theirs.double() - right).abs().max()) + 1e-6
+
+
+@needs_pairs
+def test_gradients_of_trained_weights_add_up_in_place() -> None:
+    own = torch.nn.Parameter(normal(96, 64, dtype=torch.float32))
+    layer = Linear(own.detach().bfloat16(), None, None, None, 1.0, True, False, own)
+    x, dy = normal(33, 64), normal(33, 96, seed=1)
+    truth = dy.double().t() @ x.double()
+    with direct():
+        for count in (1, 2, 3):
+            (grad,) = linears_backward([dy], x, None, [layer], False)[1]
+            assert grad.weight is None
+            assert own.grad is not None
+            near(own.grad, count * truth, FP32)
+    (grad,) = linears_backward([dy], x, None, [layer], False)[1]
+    assert grad.weight is not None
+    near(grad.weight, truth, FP32)
+
+
+def plainly(q: Tensor, k: Tensor, v: Tensor, layout: Layout, keys: int, window: int) -> Tensor:
+    """Attention in fp64, a document and a query at a time."""
+    width, outs = k.shape[1] // keys, []
+    for number, (start, end) in enumerate(layout.spans):
+        front, tails = layout.trees.get(number, (0, ()))
+        for place in range(end - start):
+            own = max((tail for tail in tails if tail <= place), default=0)
+            seen = [j for j in range(place + 1) if (j < front or j >= own if own else True) and (not window or place - j < window)]
+            rows = start + torch.tensor(seen)
+            heads = q[start + place].view(keys, -1, width)
+            shares = torch.einsum("kgd,jkd->kgj", heads, k[rows].view(-1, keys, width)).softmax(-1)
+            outs.append(torch.einsum("kgj,jkd->kgd", shares, v[rows].view(-1, keys, width)).reshape(-1))
+    return torch.stack(outs)
+
+
+CASES = [
+    ([70, 33, 8, 1], {}, 2, 3, 64, 0),
+    ([130, 100], {0: (60, [90, 111]), 1: (50, [70])}, 1, 2, 32, 0),
+    ([150, 60, 49], {}, 2, 1, 128, 20),
+    ([120, 97], {0: (101, [110])}, 1, 3, 96, 0),
+]
+
+
+@needs_pairs
+@pytest.mark.parametrize(("lengths", "trees", "keys", "group", "width", "window"), CASES)
+def test_attention_by_documents(lengths: list[int], trees: Any, keys: int, group: int, width: int, window: int) -> None:
+    layout, fast = Layout(lengths, CPU, trees), kernels()
+    q = normal(layout.total, keys * group * width) * (2 * width**-0.5)
+    k, v = (normal(layout.total, keys * width, seed=seed) for seed in (1, 2))
+    dy = normal(*q.shape, seed=3)
+    out, logs = fast.attend_documents(q, k, v, layout.documents, keys, window)
+    grads = fast.attend_documents(q, k, v, layout.documents, keys, window, (dy, out, logs))
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    truth = plainly(*leaves, layout, keys, window)
+    real = layout.real
+    near(out[:real], truth.detach(), 2 * BF16)
+    for ours, right in zip(grads, torch.autograd.grad(truth, leaves, dy[:real].double()), strict=True):
+        near(ours[:real], right[:real], 3 * BF16)
+        assert not ours[real:].any()
+    assert not out[real:].any()
+
+
+@needs_pairs
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_whole_policy_agrees_with_pytorchs_operations(adapted: bool) -> None:
+    """Scores and gradients in bf16 with our functions and without, heads wide enough for them."""
+    found = []
+    for on in (True, False):
+        with native.switched(on):
+            model = make_model(dtype=torch.bfloat16, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+            if adapted:
+                model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+            policy = make_policy(model)
+            assert policy.layers == "fused"
+            logp = policy.score(make_batch((40, 33, 20))).logp
+            logp.sum().backward()  # type: ignore[no-untyped-call]
+            found.append((logp.detach(), [p.grad.float() for p in policy.parameters_by_name().values() if p.grad is not None]))
+    (ours, grads), (theirs, others) = found
+    assert 0 < float((ours - theirs).abs().max()) < 0.1 * float(theirs.abs().max())
+    for mine, other in zip(grads, others, strict=True):
+        assert float((mine - other).norm()) <= 0.1 * float(other.norm()) + 1e-6
