@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tunesmith.model.bucket_attention import KEEP_BYTES
+from tunesmith.model.fused_layer import by_documents
 from tunesmith.model.head import GPU_TILE_BYTES, MOST_ROWS, STRIP_BYTES, TILE_BYTES
 from tunesmith.model.layout import BLOCK
 
@@ -65,7 +66,9 @@ def estimate(
     size, wide = dtype.itemsize, max(4, dtype.itemsize)
     filler = 1.0 if device.type == "cuda" else FILLER
     weights = 0
-    if device.type != "cuda":
+    if way == "fused" and by_documents(dtype, width) is not None:
+        filler = 1.0  # scores are made once more and rows are not padded
+    elif device.type != "cuda":
         seen = (longest + BLOCK) // 2 if longest > BLOCK else longest
         weights = min(tokens * seen * heads * size, KEEP_BYTES)
     attention = (filler * (queries + 2 * keys) + queries) * size  # query, key, value and result
