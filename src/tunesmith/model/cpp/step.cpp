@@ -1,11 +1,11 @@
 // Products with weights in blocks, and all decoder layers of a sampling step in one go; the arithmetic of cached_layer.py.
 //
-// The products themselves are matrix.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
+// The products themselves are strips.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
 // address native.py hands over: it multiplies rows by one block of weights. Everything around them happens to a block's outputs while they
 // are in the cache. native.py says what every field is.
 #include "heads.h"
-#include "matrix.h"
 #include "prompts.h"
+#include "strips.h"
 
 namespace {
 
@@ -82,14 +82,10 @@ inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t 
     return out;
 }
 
-// Whether this processor's matrix unit multiplies such weights, which then lie in strips of 32 outputs.
+// Whether such weights lie in strips of 32 outputs here.
 template <class T>
-bool by_tiles(const Product& product) {
-#ifdef MATRIX_UNIT
-    return (product.scale || sizeof(T) == 2) && matrix_unit();
-#else
-    return false;
-#endif
+bool by_strips(const Product& product) {
+    return (product.scale || sizeof(T) == 2) && in_strips(product.scale);
 }
 
 // Blocks of a product shared among the threads that are here, nobody waits for the others: out(row, column, values, how many of them count).
@@ -134,32 +130,27 @@ void multiply(const Product& product, Input input, int64_t rows, Multiply call, 
                 }
         }
     };
-#ifdef MATRIX_UNIT
-    if (rows > 0 && by_tiles<T>(product)) {
+    if (rows > 0 && by_strips<T>(product)) {
         auto strip_at = [](const Product& of, int64_t number, int64_t bytes) { return static_cast<const char*>(of.weight) + number * bytes; };
-        const auto work = product.scale ? strip<true> : strip<false>;
-        const int64_t stride = k * each_input, bytes = STRIP * stride, shaped = std::min(rows, 2 * TILE);
-        shape_tiles(shaped);
+        const int64_t stride = k * each_input, bytes = STRIP * stride;
+        const Strips strips(product.scale, rows);
         if (rows <= FEW) {
             const Share own = share(product);
             for (int64_t number = own.begin; number < own.end; number++) {
                 const char* then = number + 1 < own.end ? strip_at(product, number + 1, bytes) : nullptr;
                 if (!then && next) then = strip_at(*next, share(*next).begin, STRIP * next->inputs * each_input);
-                work(rows, shaped, from, stride, strip_at(product, number, bytes), room + number % 2 * STRIP, bytes / DEEP, then);
+                strips(rows, from, stride, strip_at(product, number, bytes), room + number % 2 * STRIP, then);
                 if (!product.gated) finish(number / 2, 0, rows, number % 2 * STRIP, (number % 2 + 1) * STRIP);
                 else if (number % 2) finish(number / 2, 0, rows, 0, B);
             }
         } else {
             blocks_of([&](int64_t block, int64_t first, int64_t count) {
                 for (int64_t side = 0; side < 2; side++)
-                    work(count, shaped, from + first * stride, stride, strip_at(product, 2 * block + side, bytes), room + side * STRIP,
-                         bytes / DEEP, nullptr);
+                    strips(count, from + first * stride, stride, strip_at(product, 2 * block + side, bytes), room + side * STRIP, nullptr);
             });
         }
-        _tile_release();
         return;
     }
-#endif
     blocks_of([&](int64_t block, int64_t first, int64_t count) {
         call(count, B, k, k, B, B, false, from + first * k * each_input, weights + block * size, room, product.scale || sizeof(T) == 2);
     });
@@ -397,11 +388,8 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
 EACH(float, float32)
 EACH(bf16, bfloat16)
 
-// Whether weights in bf16 and in 8 bits lie in strips.
-extern "C" int in_strips() {
-    Product small{};
-    return by_tiles<bf16>(small);
-}
+// Whether weights in 8 bits, or in bf16, lie in strips.
+extern "C" int strips_for(int small) { return in_strips(small); }
 
 // Whether this processor can multiply in this way at all: 0 where PyTorch refuses.
 extern "C" int can_multiply(Multiply call, Release release, int64_t paired) {
