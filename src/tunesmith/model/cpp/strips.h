@@ -4,6 +4,8 @@
 // Sixteen sums of eight rows stay in registers while a strip passes by, so that an instruction of sixteen waits for one load and no sum for
 // the one before it; more rows of sums were no faster on Zen 4, and three vectors of outputs instead of two slower.
 #pragma once
+#include <vector>
+
 #include "matrix.h"
 #if defined(__AVX512BF16__)
 #define PAIRS_OF_BF16
@@ -13,6 +15,40 @@
 #endif
 
 namespace {
+
+// Memory that is read some products later, asked for while these multiply: they wait for their instructions, and memory has time.
+class Ahead {
+   public:
+    static constexpr int64_t PACE = 32;  // bytes for each line of a strip, so that there is time for weights too
+
+    void clear() { pieces_.clear(), next_ = 0, left_ = MOST; }
+
+    void add(const void* at, int64_t bytes) {
+        bytes = std::min(bytes, left_);
+        left_ -= bytes;
+        if (bytes > 0) pieces_.push_back({static_cast<const char*>(at), bytes});
+    }
+
+    // Where to ask for the next `bytes`; false when everything is on its way. What is asked for beyond a piece does no harm.
+    bool take(int64_t bytes, const char*& at) {
+        if (next_ == pieces_.size()) return false;
+        Piece& piece = pieces_[next_];
+        at = piece.at;
+        piece.at += bytes, piece.bytes -= bytes;
+        if (piece.bytes <= 0) next_++;
+        return true;
+    }
+
+   private:
+    static constexpr int64_t MOST = 4 << 20;  // what the processor's caches keep until it is read
+    struct Piece {
+        const char* at;
+        int64_t bytes;
+    };
+    std::vector<Piece> pieces_;
+    size_t next_ = 0;
+    int64_t left_ = MOST;
+};
 
 // Whether weights in 8 bits (or in bf16) lie in strips on this processor.
 inline bool in_strips(bool small) {
@@ -44,15 +80,24 @@ inline __m512i add_products(__m512i sum, __m512i row, __m512i weights) {
     __builtin_unreachable();  // in_strips has said no
 }
 
-// R rows by a strip of `depth` lines of WIDTH bytes. ASKS lines are asked for with each, `pace` bytes further each time.
-template <bool SMALL, int R, int ASKS>
-void some_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const char* next, int64_t pace) {
+// What is asked for while a strip passes by, so many bytes further with each of its lines: of the next strip, and of what is read later.
+struct Asked {
+    const char* next;
+    int64_t pace;
+    const char* later;
+    int64_t later_pace;
+};
+
+// R rows by a strip of `depth` lines of WIDTH bytes. With each, NEXT lines of the next strip are asked for, and one of what is read later.
+template <bool SMALL, int R, int NEXT>
+void some_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const Asked& asked) {
     __m512i low[R], high[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) low[r] = high[r] = _mm512_setzero_si512();
     for (int64_t k = 0; k < depth; k++) {
         const __m512i first = _mm512_loadu_si512(weights + k * WIDTH), second = _mm512_loadu_si512(weights + k * WIDTH + LINE);
-        for (int i = 0; i < ASKS; i++) ask(next + k * pace + i * LINE);
+        for (int i = 0; i < NEXT; i++) ask(asked.next + k * asked.pace + i * LINE);
+        if (NEXT) ask(asked.later + k * asked.later_pace);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             int32_t some;
@@ -70,22 +115,24 @@ void some_rows(const char* rows, int64_t stride, const char* weights, char* out,
 }
 
 template <bool SMALL, int R>
-void asking_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const char* next, int64_t pace) {
-    auto call = !next ? some_rows<SMALL, R, 0> : pace < WIDTH ? some_rows<SMALL, R, 1> : some_rows<SMALL, R, 2>;
-    call(rows, stride, weights, out, depth, next, pace);
+void asking_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const Asked& asked) {
+    auto call = !asked.next ? some_rows<SMALL, R, 0> : asked.pace < WIDTH ? some_rows<SMALL, R, 1> : some_rows<SMALL, R, 2>;
+    call(rows, stride, weights, out, depth, asked);
 }
 
-// Half of out [rows, 64] in four bytes each. The strip `next`, if it is known, is asked for evenly on the way.
+// Half of out [rows, 64] in four bytes each. The strip `next`, if it is known, is asked for evenly on the way, and so is `ahead`.
 template <bool SMALL>
-void vector_strip(int64_t rows, const char* from, int64_t stride, const char* weights, void* out, int64_t depth, const char* next) {
+void vector_strip(int64_t rows, const char* from, int64_t stride, const char* weights, void* out, int64_t depth, const char* next,
+                  Ahead* ahead) {
     constexpr decltype(&asking_rows<SMALL, 1>) calls[] = {asking_rows<SMALL, 1>, asking_rows<SMALL, 2>, asking_rows<SMALL, 3>,
                                                           asking_rows<SMALL, 4>, asking_rows<SMALL, 5>, asking_rows<SMALL, 6>,
                                                           asking_rows<SMALL, 7>, asking_rows<SMALL, 8>};
-    const int64_t turns = (rows + TOGETHER - 1) / TOGETHER, pace = WIDTH / turns;
+    const int64_t turns = (rows + TOGETHER - 1) / TOGETHER;
     for (int64_t turn = 0; turn < turns; turn++) {
         const int64_t first = rows * turn / turns, count = rows * (turn + 1) / turns - first;
-        calls[count - 1](from + first * stride, stride, weights, static_cast<char*>(out) + first * PITCH, depth,
-                         next ? next + turn * depth * WIDTH / turns : nullptr, pace);
+        Asked asked{next ? next + turn * depth * WIDTH / turns : nullptr, WIDTH / turns, weights, 0};
+        if (next && ahead && ahead->take(depth * Ahead::PACE, asked.later)) asked.later_pace = Ahead::PACE;
+        calls[count - 1](from + first * stride, stride, weights, static_cast<char*>(out) + first * PITCH, depth, asked);
     }
 }
 
@@ -109,12 +156,13 @@ class Strips {
     }
 
     // Half of out [rows, 64], four bytes each, from rows of `stride` bytes; `next` is the strip that is asked for meanwhile, or null.
-    void operator()(int64_t rows, const char* from, int64_t stride, const char* weights, void* out, const char* next) const {
+    void operator()(int64_t rows, const char* from, int64_t stride, const char* weights, void* out, const char* next,
+                    Ahead* ahead = nullptr) const {
 #ifdef MATRIX_UNIT
         if (tiles_) return (small_ ? strip<true> : strip<false>)(rows, shaped_, from, stride, weights, out, stride * STRIP / DEEP, next);
 #endif
 #ifdef VECTOR_STRIPS
-        (small_ ? vector_strip<true> : vector_strip<false>)(rows, from, stride, weights, out, stride * STRIP / WIDTH, next);
+        (small_ ? vector_strip<true> : vector_strip<false>)(rows, from, stride, weights, out, stride * STRIP / WIDTH, next, ahead);
 #endif
     }
 
