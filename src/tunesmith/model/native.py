@@ -296,10 +296,10 @@ def pairs() -> bool:
     return fast is not None and fast.pairs
 
 
-def in_strips() -> bool:
-    """Whether our products read weights in bf16 and int8 in strips of 32 outputs, each in one piece, instead of blocks of 64."""
-    library = _library()
-    return library is not None and bool(library["in_strips"]())
+def in_strips(dtype: torch.dtype) -> bool:
+    """Whether our products read weights of this kind in strips of 32 outputs, each in one piece, instead of blocks of 64."""
+    library = _library() if dtype in (torch.bfloat16, torch.int8) else None
+    return library is not None and bool(library["strips_for"](int(dtype == torch.int8)))
 
 
 _on = os.environ.get("TUNESMITH_NATIVE", "1") != "0"

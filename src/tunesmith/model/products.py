@@ -137,7 +137,7 @@ class Blocked:
         self._bias = None if bias is None else _padded(bias.detach().to(dtype).float(), padded)
         kind = torch.int8 if int8 else dtype
         together = 4 // kind.itemsize  # inputs that stand side by side
-        strips = 2 if kind != torch.float32 and native.in_strips() else 1  # of a block
+        strips = 2 if native.in_strips(kind) else 1  # of a block
         each = BLOCK // strips
         self._weight = huge_pages.WEIGHTS.empty((strips * blocks, self.inputs // together, each, together), kind)
         if gated:

@@ -56,6 +56,13 @@ inline Vec steps_of(const int8_t* rows, int64_t count) {
 #endif
 }
 
+// Thirty-two numbers that unpacking pairs of 16 bits has put, four of each eight, into one vector and the other.
+template <class T>
+inline void store_unpacked(T* to, Vec low, Vec high) {
+    store(to, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+    store(to + L, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+}
+
 // A row to be read soon.
 template <class C, int W>
 inline void ask_row(const C* at) {

@@ -64,11 +64,7 @@ void gather16(const int16_t* weights, int64_t stride, const int8_t* values, int6
             for (int i = 0; i < 2 * sides; i++) total[g][i] += as<Vec>(_mm512_cvtepi32_ps(sums[g][i]));
     }
     for (int g = 0; g < N; g++)
-        for (int i = 0; i < sides; i++) {  // unpacking has put four numbers of each eight into one vector and four into the other
-            const Vec a = total[g][2 * i] * times[g], b = total[g][2 * i + 1] * times[g];
-            store(out + g * W + i * SIDE, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-            store(out + g * W + i * SIDE + L, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
-        }
+        for (int i = 0; i < sides; i++) store_unpacked(out + g * W + i * SIDE, total[g][2 * i] * times[g], total[g][2 * i + 1] * times[g]);
 }
 
 // As `look`; `scores` has room for 2 * MOST_GROUPED * (seen + 16) numbers.
@@ -101,15 +97,12 @@ void look16(const Vec* query, int64_t group, const int8_t* keys, const int8_t* v
         }
     }
     float times[MOST_GROUPED];
-    for (int64_t g = 0; g < group; g++) {
-        float* weight = scores + g * stride;
-        times[g] = soften(weight, seen);
-        for (int64_t t = 0; t < stride; t += L) {
-            Vec share = load(weight + t);
-            store(weight + t, t + L <= seen ? share * steps_of<W>(values + t * pitch, L) : share * steps_of<W>(values + t * pitch, seen - t));
-        }
-        times[g] *= narrow16(weight, weights + g * stride, stride);
+    for (int64_t g = 0; g < group; g++) times[g] = soften(scores + g * stride, seen);
+    for (int64_t t = 0; t < seen; t += L) {
+        const Vec step = steps_of<W>(values + t * pitch, std::min<int64_t>(L, seen - t));
+        for (int64_t g = 0; g < group; g++) store(scores + g * stride + t, load(scores + g * stride + t) * step);
     }
+    for (int64_t g = 0; g < group; g++) times[g] *= narrow16(scores + g * stride, weights + g * stride, stride);
     int64_t g = 0;
     auto some = [&](auto work) { work(weights + g * stride, stride, values, seen, times + g, out + g * W, next); };
     for (; g + 4 <= group; g += 4) some(gather16<T, W, 4>);

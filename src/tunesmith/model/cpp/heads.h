@@ -1,6 +1,9 @@
 // All heads of new tokens, as the product of query, key and value gives them.
 #pragma once
+#include <type_traits>
+
 #include "attention.h"
+#include "attention_bf16.h"
 #include "attention_int8.h"
 
 namespace {
@@ -50,6 +53,9 @@ void attend(const Pool& pool, const T* joined, const T* cos, const T* sin, const
         auto* way = look<T, C, W>;
 #ifdef WHOLE_NUMBERS
         if constexpr (SMALL_OF<C> && W % SIDE == 0) way = look16<T, W>;
+#endif
+#ifdef PAIRED_ATTENTION
+        if constexpr (std::is_same_v<C, bf16> && W % PAIRED == 0) way = look_pairs<W>;
 #endif
         way(query, group, own_keys + low * pitch, own_values + low * pitch, at + 1 - low, scale, scores, out + number * group * W,
             next + low * pitch);

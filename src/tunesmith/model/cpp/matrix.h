@@ -12,16 +12,16 @@
 
 namespace {
 
-constexpr int64_t FEW = 64;  // rows up to which weights take longer to come than to be multiplied
+constexpr int64_t FEW = 64;     // rows up to which weights take longer to come than to be multiplied
+constexpr int64_t LINE = 64;    // bytes that memory gives at once, and a vector or a tile has in a row
+constexpr int64_t STRIP = 32;   // outputs of a strip
+constexpr int64_t WIDTH = 128;  // bytes of a strip that lie side by side: two inputs in bf16 or four in 8 bits of each output
+constexpr int64_t PITCH = 256;  // bytes between rows of sums: 64 of four bytes
 
 #ifdef MATRIX_UNIT
 
-constexpr int64_t TILE = 16;     // rows of a tile, each of 64 bytes
-constexpr int64_t LINE = 64;     // bytes that memory gives at once, and a tile has in a row
-constexpr int64_t STRIP = 32;    // outputs of a strip
-constexpr int64_t WIDTH = 128;   // bytes of a strip that lie side by side: two inputs in bf16 or four in 8 bits of each output
-constexpr int64_t DEEP = 2048;   // bytes of a strip that meet one row of a tile: 32 inputs in bf16, 64 in 8 bits
-constexpr int64_t PITCH = 256;   // bytes between rows of sums: 64 of four bytes
+constexpr int64_t TILE = 16;    // rows of a tile, each of 64 bytes
+constexpr int64_t DEEP = 2048;  // bytes of a strip that meet one row of a tile: 32 inputs in bf16, 64 in 8 bits
 
 struct alignas(64) Shape {
     uint8_t palette = 1, start = 0, none[14] = {};

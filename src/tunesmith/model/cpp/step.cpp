@@ -1,11 +1,11 @@
 // Products with weights in blocks, and all decoder layers of a sampling step in one go; the arithmetic of cached_layer.py.
 //
-// The products themselves are matrix.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
+// The products themselves are strips.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
 // address native.py hands over: it multiplies rows by one block of weights. Everything around them happens to a block's outputs while they
 // are in the cache. native.py says what every field is.
 #include "heads.h"
-#include "matrix.h"
 #include "prompts.h"
+#include "strips.h"
 
 namespace {
 
@@ -82,21 +82,17 @@ inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t 
     return out;
 }
 
-// Whether this processor's matrix unit multiplies such weights, which then lie in strips of 32 outputs.
+// Whether such weights lie in strips of 32 outputs here.
 template <class T>
-bool by_tiles(const Product& product) {
-#ifdef MATRIX_UNIT
-    return (product.scale || sizeof(T) == 2) && matrix_unit();
-#else
-    return false;
-#endif
+bool by_strips(const Product& product) {
+    return (product.scale || sizeof(T) == 2) && in_strips(product.scale);
 }
 
 // Blocks of a product shared among the threads that are here, nobody waits for the others: out(row, column, values, how many of them count).
-// `next` is what this team multiplies after it, if that is known.
+// `next` is what this team multiplies after it, if that is known; `ahead` what is asked for meanwhile.
 template <class T, class Out>
 void multiply(const Product& product, Input input, int64_t rows, Multiply call, const Lora* lora, const int64_t* places, const float* small,
-              Out out, const Product* next = nullptr) {
+              Out out, const Product* next = nullptr, Ahead* ahead = nullptr) {
     alignas(64) float room[ROWS * B];
     const int64_t k = product.inputs, half = product.outputs / 2, each_input = product.scale ? 1 : sizeof(T), size = B * k * each_input;
     const int64_t parts = (rows + ROWS - 1) / ROWS;
@@ -134,32 +130,27 @@ void multiply(const Product& product, Input input, int64_t rows, Multiply call, 
                 }
         }
     };
-#ifdef MATRIX_UNIT
-    if (rows > 0 && by_tiles<T>(product)) {
+    if (rows > 0 && by_strips<T>(product)) {
         auto strip_at = [](const Product& of, int64_t number, int64_t bytes) { return static_cast<const char*>(of.weight) + number * bytes; };
-        const auto work = product.scale ? strip<true> : strip<false>;
-        const int64_t stride = k * each_input, bytes = STRIP * stride, shaped = std::min(rows, 2 * TILE);
-        shape_tiles(shaped);
+        const int64_t stride = k * each_input, bytes = STRIP * stride;
+        const Strips strips(product.scale, rows);
         if (rows <= FEW) {
             const Share own = share(product);
             for (int64_t number = own.begin; number < own.end; number++) {
                 const char* then = number + 1 < own.end ? strip_at(product, number + 1, bytes) : nullptr;
                 if (!then && next) then = strip_at(*next, share(*next).begin, STRIP * next->inputs * each_input);
-                work(rows, shaped, from, stride, strip_at(product, number, bytes), room + number % 2 * STRIP, bytes / DEEP, then);
+                strips(rows, from, stride, strip_at(product, number, bytes), room + number % 2 * STRIP, then, ahead);
                 if (!product.gated) finish(number / 2, 0, rows, number % 2 * STRIP, (number % 2 + 1) * STRIP);
                 else if (number % 2) finish(number / 2, 0, rows, 0, B);
             }
         } else {
             blocks_of([&](int64_t block, int64_t first, int64_t count) {
                 for (int64_t side = 0; side < 2; side++)
-                    work(count, shaped, from + first * stride, stride, strip_at(product, 2 * block + side, bytes), room + side * STRIP,
-                         bytes / DEEP, nullptr);
+                    strips(count, from + first * stride, stride, strip_at(product, 2 * block + side, bytes), room + side * STRIP, nullptr);
             });
         }
-        _tile_release();
         return;
     }
-#endif
     blocks_of([&](int64_t block, int64_t first, int64_t count) {
         call(count, B, k, k, B, B, false, from + first * k * each_input, weights + block * size, room, product.scale || sizeof(T) == 2);
     });
@@ -233,6 +224,24 @@ void attend_pools(const Step& s, const Layer& layer, int64_t number, const T* jo
     }
 }
 
+// The keys and values that this thread's share of a layer's attention reads, to be asked for in their order.
+template <class T>
+void ask_for_rows(const Step& s, int64_t number, Ahead& ahead) {
+    ahead.clear();
+    if (number == s.depth) return;
+    const int64_t size = s.small ? s.width + int64_t(sizeof(float)) : s.width * int64_t(sizeof(T)), team = omp_get_num_threads();
+    for (int64_t i = 0; i < s.pool_count; i++) {
+        const Pool& pool = s.pools[i];
+        const char *keys = static_cast<const char*>(s.keys[number * s.pool_count + i]),
+                   *values = static_cast<const char*>(s.values[number * s.pool_count + i]);
+        for (int64_t one = omp_get_thread_num(); one < pool.rows * s.key_heads; one += team) {
+            const int64_t seen = pool.past[one / s.key_heads], window = s.layers[number].window;
+            const int64_t low = window ? std::max<int64_t>(0, seen + 1 - window) : 0;
+            for (const char* side : {keys, values}) ahead.add(side + (one * pool.slot + low) * size, (seen - low) * size);
+        }
+    }
+}
+
 // The query and key heads of rows [rows, (heads + others) * W], normed and turned where they stand.
 template <class T, int W>
 void turn_rows(T* joined, const T* cos, const T* sin, const T* query_norm, const T* key_norm, float eps, int64_t rows, int64_t queries,
@@ -294,6 +303,7 @@ void step(const Step& s) {
 #pragma omp parallel num_threads(int(s.threads))
     {
         float* own_scores = scores + omp_get_thread_num() * room_for_scores;
+        Ahead ahead;
         auto norm_rows = [&](const void* weight, float eps, const Product& product, const Lora& lora) {
             const T* times = static_cast<const T*>(weight);
 #pragma omp for schedule(static)
@@ -314,7 +324,7 @@ void step(const Step& s) {
             const Product& product = layer.product[which];
             const Input input = product.scale ? Input{bytes, scale} : Input{rows, nullptr};
             const Product* next = which < 3 ? &product + 1 : &layer + 1 < s.layers + s.depth ? (&layer + 1)->product : nullptr;
-            multiply<T>(product, input, s.rows, s.multiply, &layer.lora[which], s.places, small, out, next);
+            multiply<T>(product, input, s.rows, s.multiply, &layer.lora[which], s.places, small, out, next, &ahead);
 #pragma omp barrier
         };
         auto add = [&](int64_t row, int64_t column, Vec value, int64_t) {
@@ -327,6 +337,7 @@ void step(const Step& s) {
             run(layer, 0, values, [&](int64_t row, int64_t column, Vec value, int64_t) { store(joined + row * joined_width + column, value); });
             attention(s, layer, i, joined, values, own_scores);
 #pragma omp barrier
+            ask_for_rows<T>(s, i + 1, ahead);
             prepare_rows(values, layer.product[1], layer.lora[1]);
             run(layer, 1, values, add);
             norm_rows(layer.second_norm, layer.eps, layer.product[2], layer.lora[2]);
@@ -397,11 +408,8 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
 EACH(float, float32)
 EACH(bf16, bfloat16)
 
-// Whether weights in bf16 and in 8 bits lie in strips.
-extern "C" int in_strips() {
-    Product small{};
-    return by_tiles<bf16>(small);
-}
+// Whether weights in 8 bits, or in bf16, lie in strips.
+extern "C" int strips_for(int small) { return in_strips(small); }
 
 // Whether this processor can multiply in this way at all: 0 where PyTorch refuses.
 extern "C" int can_multiply(Multiply call, Release release, int64_t paired) {
