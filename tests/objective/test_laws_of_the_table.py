@@ -10,6 +10,7 @@ import torch
 from judged_batches import batch_of, method, pair_rows, pairs, reorder, said_for, say
 
 from tunesmith.core.errors import BugError, RecipeError
+from tunesmith.core.load import build
 from tunesmith.core.recipe import Named
 from tunesmith.core.types import Outputs, Wanted
 from tunesmith.objective import OBJECTIVES, Rows, methods, wanted
@@ -282,6 +283,14 @@ def test_bad_values_of_single_rows():
     with pytest.raises(RecipeError, match=r"did you mean 'forward_kl'"):
         method("dpo", divergence="forward-kl")
     method("bco_pair", shift=None)
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf, True, "1"])
+def test_a_weight_that_adds_nothing_to_the_loss_is_refused(weight):
+    tree = {"model": {"base": "pocket"}, "data": {"train": "rows.jsonl"}, "objective": [{"name": "dpo"}, {"name": "nll", "weight": weight}]}
+    with pytest.raises(RecipeError, match="a number above 0; to switch an objective off, leave it out") as caught:
+        build(tree)
+    assert (caught.value.code, caught.value.where) == ("bad_setting", "objective.1.weight")
 
 
 def test_terms_of_one_recipe_agree():

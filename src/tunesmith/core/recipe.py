@@ -6,6 +6,7 @@ against the signature of the function that the name stands for, where that table
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -251,6 +252,14 @@ class Named(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
     weight: float = 1.0
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _adds_to_the_loss(cls, value: Any) -> Any:
+        # A loss times 0 or less teaches nothing, or the opposite; NaN would be found at the first step only.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError("the weight of an objective is a number above 0; to switch an objective off, leave it out")
+        return value
 
     def settings(self) -> dict[str, Any]:
         """The settings that belong to the named row."""
