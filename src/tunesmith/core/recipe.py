@@ -172,7 +172,7 @@ class Reference(Section):
 class TokenLimits(Section):
     """How long a row may be, and what happens to a longer one."""
 
-    max_length: int = Field(2048, ge=8, description="tokens of one row, at most")
+    max_length: int = Field(2048, ge=8, description="tokens of one row, at most; the default gives way to a base with a shorter context")
     overlong: Literal["drop", "cut_prompt", "split", "error"] = Field(
         "drop",
         description="drop: leave the row out; cut_prompt: cut context from the left, never the answer; split: text in pieces, "

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.core import adapters
 from tunesmith.core.errors import CapacityError, ModelError, RecipeError
 from tunesmith.core.files import atomic_folder, cache_folder, file_hash, write_text
 from tunesmith.core.log import logger
@@ -25,6 +24,7 @@ from tunesmith.data.dataset import TokenSet
 from tunesmith.data.pack import pack
 from tunesmith.evals.likelihood import quiet
 from tunesmith.model.build import load_policy
+from tunesmith.model.context import VIRTUAL
 from tunesmith.model.load import check_vocabulary
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle_front
@@ -35,7 +35,6 @@ from tunesmith.training.receipt import largest_difference, model_hash, precision
 from tunesmith.training.step import Budget
 
 STREAM = "reference"
-VIRTUAL = (adapters.Prefix, adapters.Prompt, adapters.PTuning)
 FILE, SEAL = "values.npy", "seal.txt"
 CHUNK = 512  # rows scored between two words on progress
 PROOF = 8  # rows that are scored once more before the first step
