@@ -103,6 +103,39 @@ def test_openai_rows_in_both_spellings():
     assert with_tools.tools == ({"type": "function", "function": tool},)
 
 
+WHOLE_TEXTS = [
+    ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+    ("2 + 3 =\n5", "2 + 3 =\n6", ("2 + 3 =\n", "5", "6")),
+    ("Tea is hot", "Tea is hotter", ("Tea is hot", "", "ter")),
+]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "parts"), WHOLE_TEXTS)
+def test_what_texts_begin_with_alike_is_the_prompt(chosen, rejected, parts):
+    row = {"chosen": chosen, "rejected": rejected, "margin": 2}
+    if not parts[1]:
+        assert refusal("preference", row).code == "empty_chosen"
+        return
+    pair = example("preference", row)
+    assert ([m.role for m in pair.prompt], pair.margin) == (["user"], 2.0)
+    assert (pair.prompt[0].content, pair.chosen[0].content, pair.rejected[0].content) == parts
+
+
+def test_texts_are_cut_where_trl_cuts_them():
+    extract = pytest.importorskip("trl").extract_prompt
+    for chosen, rejected, parts in WHOLE_TEXTS[:2]:
+        found = extract({"chosen": chosen, "rejected": rejected})
+        assert (found["prompt"], found["chosen"], found["rejected"]) == parts
+
+
+def test_texts_that_share_no_beginning_or_are_the_same_are_refused():
+    assert refusal("preference", {"chosen": "yes", "rejected": "no"}).code == "no_prompt"
+    assert refusal("preference", {"chosen": "It is so.", "rejected": "It is so."}).code == "same_answers"
+    # A prompt by another name is not passed over.
+    error = refusal("preference", {"question": "Is it?", "chosen": "It is so.", "rejected": "It is not."})
+    assert (error.code, "it has: question" in error.message) == ("no_prompt", True)
+
+
 def test_what_conversations_begin_with_alike_is_the_prompt():
     front = [{"role": "system", "content": "s"}, user("a"), says("b"), user("c")]
     pair = example("preference", {"chosen": [*front, says("d"), user("e"), says("f")], "rejected": [*front, says("g")]})
