@@ -161,6 +161,14 @@ def test_rows_that_cannot_be_scored_are_listed(capsys, model, write):
     assert "tokens." not in said["error"]["remedy"]
 
 
+def test_columns_have_their_names_on_the_command_line(capsys, model, write):
+    _, truth, _ = run(capsys, "score", model, write(PAIRS))
+    named = [{"question": row["prompt"], "better": row["chosen"], "worse": row["rejected"]} for row in PAIRS]
+    words = ("--columns", "prompt=question,chosen=better,rejected=worse")
+    status, rows, _ = run(capsys, "score", model, write(named), *words)
+    assert (status, rows) == (0, truth)
+
+
 def test_of_many_rows_that_are_left_out_ten_are_listed_and_all_are_counted(capsys, model, write):
     bad = [{"prompt": f"Hi {n}", "chosen": "Yes.", "rejected": ""} for n in range(14)]
     file = write([*PAIRS, *bad])

@@ -391,3 +391,21 @@ def test_a_row_without_a_label_among_labelled_ones_is_a_bad_row():
     with pytest.raises(DataError) as caught:
         detect(rows, Source(path="f"), "dialogs")
     assert caught.value.code == "mixed_formats"
+
+
+@pytest.mark.parametrize("verdict", [{"label": True}, {"score": 3.5}])
+def test_labelled_answers_where_pairs_are_wanted_are_called_what_they_are(verdict):
+    row = {"prompt": "hi", "completion": "yes", **verdict}
+    with pytest.raises(DataError, match=r"these rows are labelled answers .* learns from preference pairs") as caught:
+        detect([("f:1", row)], Source(path="f"), "pairs")
+    assert caught.value.code == "wrong_kind"
+    assert "reward_regression and reward_classes learn from labelled answers" in caught.value.remedy
+
+
+def test_a_key_that_is_there_is_no_misspelling():
+    with pytest.raises(DataError) as caught:
+        detect([("f:1", {"completion": "yes", "other": 1})], Source(path="f"))
+    assert caught.value.code == "unknown_format"
+    assert "did you mean" not in caught.value.message
+    with pytest.raises(DataError, match="did you mean 'prompt'"):
+        detect([("f:1", {"promt": "hi", "completion": "yes"})], Source(path="f"))
