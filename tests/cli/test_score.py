@@ -152,12 +152,30 @@ def test_rows_that_cannot_be_scored_are_listed(capsys, model, write):
     assert (status, rows[0]["error"]["code"]) == (1, "rows_refused")
     status, rows, err = run(capsys, "score", model, file, "--on-bad", "drop")
     assert (status, len(rows)) == (0, 2)
+    assert "not scored: 2 of 4 rows in all" in err
     assert f"{file}:2" in err
     assert f"{file}:4" in err
     status, [said], _ = run(capsys, "score", model, write([long]), "--on-bad", "drop", "--json")
     assert (status, said["error"]["code"]) == (2, "no_rows")
     assert "--max-length" in said["error"]["remedy"]
     assert "tokens." not in said["error"]["remedy"]
+
+
+def test_columns_have_their_names_on_the_command_line(capsys, model, write):
+    _, truth, _ = run(capsys, "score", model, write(PAIRS))
+    named = [{"question": row["prompt"], "better": row["chosen"], "worse": row["rejected"]} for row in PAIRS]
+    words = ("--columns", "prompt=question,chosen=better,rejected=worse")
+    status, rows, _ = run(capsys, "score", model, write(named), *words)
+    assert (status, rows) == (0, truth)
+
+
+def test_of_many_rows_that_are_left_out_ten_are_listed_and_all_are_counted(capsys, model, write):
+    bad = [{"prompt": f"Hi {n}", "chosen": "Yes.", "rejected": ""} for n in range(14)]
+    file = write([*PAIRS, *bad])
+    status, rows, err = run(capsys, "score", model, file, "--on-bad", "drop")
+    assert (status, len(rows)) == (0, len(PAIRS))
+    assert sum(f"not scored: {file}" in line for line in err.splitlines()) == 10
+    assert "not scored: 14 of 21 rows in all" in err
 
 
 def test_another_template_than_the_models_is_refused(capsys, model, tmp_path, write):

@@ -103,6 +103,39 @@ def test_openai_rows_in_both_spellings():
     assert with_tools.tools == ({"type": "function", "function": tool},)
 
 
+WHOLE_TEXTS = [
+    ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+    ("2 + 3 =\n5", "2 + 3 =\n6", ("2 + 3 =\n", "5", "6")),
+    ("Tea is hot", "Tea is hotter", ("Tea is hot", "", "ter")),
+]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "parts"), WHOLE_TEXTS)
+def test_what_texts_begin_with_alike_is_the_prompt(chosen, rejected, parts):
+    row = {"chosen": chosen, "rejected": rejected, "margin": 2}
+    if not parts[1]:
+        assert refusal("preference", row).code == "empty_chosen"
+        return
+    pair = example("preference", row)
+    assert ([m.role for m in pair.prompt], pair.margin) == (["user"], 2.0)
+    assert (pair.prompt[0].content, pair.chosen[0].content, pair.rejected[0].content) == parts
+
+
+def test_texts_are_cut_where_trl_cuts_them():
+    extract = pytest.importorskip("trl").extract_prompt
+    for chosen, rejected, parts in WHOLE_TEXTS[:2]:
+        found = extract({"chosen": chosen, "rejected": rejected})
+        assert (found["prompt"], found["chosen"], found["rejected"]) == parts
+
+
+def test_texts_that_share_no_beginning_or_are_the_same_are_refused():
+    assert refusal("preference", {"chosen": "yes", "rejected": "no"}).code == "no_prompt"
+    assert refusal("preference", {"chosen": "It is so.", "rejected": "It is so."}).code == "same_answers"
+    # A prompt by another name is not passed over.
+    error = refusal("preference", {"question": "Is it?", "chosen": "It is so.", "rejected": "It is not."})
+    assert (error.code, "it has: question" in error.message) == ("no_prompt", True)
+
+
 def test_what_conversations_begin_with_alike_is_the_prompt():
     front = [{"role": "system", "content": "s"}, user("a"), says("b"), user("c")]
     pair = example("preference", {"chosen": [*front, says("d"), user("e"), says("f")], "rejected": [*front, says("g")]})
@@ -358,3 +391,21 @@ def test_a_row_without_a_label_among_labelled_ones_is_a_bad_row():
     with pytest.raises(DataError) as caught:
         detect(rows, Source(path="f"), "dialogs")
     assert caught.value.code == "mixed_formats"
+
+
+@pytest.mark.parametrize("verdict", [{"label": True}, {"score": 3.5}])
+def test_labelled_answers_where_pairs_are_wanted_are_called_what_they_are(verdict):
+    row = {"prompt": "hi", "completion": "yes", **verdict}
+    with pytest.raises(DataError, match=r"these rows are labelled answers .* learns from preference pairs") as caught:
+        detect([("f:1", row)], Source(path="f"), "pairs")
+    assert caught.value.code == "wrong_kind"
+    assert "reward_regression and reward_classes learn from labelled answers" in caught.value.remedy
+
+
+def test_a_key_that_is_there_is_no_misspelling():
+    with pytest.raises(DataError) as caught:
+        detect([("f:1", {"completion": "yes", "other": 1})], Source(path="f"))
+    assert caught.value.code == "unknown_format"
+    assert "did you mean" not in caught.value.message
+    with pytest.raises(DataError, match="did you mean 'prompt'"):
+        detect([("f:1", {"promt": "hi", "completion": "yes"})], Source(path="f"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tunesmith.core.recipe import Source, TokenLimits
 from tunesmith.core.types import Tokens
 from tunesmith.data import cache
 from tunesmith.data.dataset import Builder
-from tunesmith.data.prepare import prepare
+from tunesmith.data.prepare import check_rows, prepare
 from tunesmith.data.show import painted, show_rows
 from tunesmith.data.template import choose_template
 from tunesmith.data.tokenise import Tokeniser
@@ -52,6 +53,23 @@ def test_throughout_every_token_has_the_row_s_value(write, tokenizer):
     for answer, row, verdict in zip(answers, read, (1.0, 0.0, 1.0, 0.0, 1.0), strict=True):
         assert row.train.tolist() == [*answer.train[:-1], 1.0]
         assert row.streams["value"].tolist() == (row.train * verdict).tolist()
+
+
+def test_a_value_that_is_no_share_makes_a_bad_row_where_shares_are_learned(write, tokenizer):
+    path = write("a.jsonl", [*VERDICTS, {"prompt": "a", "completion": "b", "label": 3}, label("a", "c", -0.5)])
+    prepare(recipe(path), tokenizer, LABEL_ENDS)
+    for wanted in (replace(LABEL_ENDS, shares=True), replace(LABELS_THROUGHOUT, shares=True)):
+        error = refusal(recipe(path), tokenizer, wanted)
+        assert (error.code, error.where) == ("rows_refused", f"{path}:6")
+        assert "(label_no_share 2)" in error.message
+        assert f"{path}:7: the label is -0.5" in error.message
+    done = prepare(recipe(path, data={"on_bad": "drop"}), tokenizer, replace(LABEL_ENDS, shares=True))
+    assert len(done.train) == len(VERDICTS)
+    steps = write("s.jsonl", [{"prompt": "a", "completions": ["b", "c"], "labels": [0.5, 2]}])
+    prepare(recipe(steps), tokenizer, STEPS)
+    problems, _ = check_rows(recipe(steps), tokenizer, replace(STEPS, shares=True))
+    assert (problems[0].code, problems[0].key) == ("label_no_share", f"{steps}:1")
+    assert "label 2 is 2" in problems[0].message
 
 
 def test_scores_are_for_the_ends_alone(write, tokenizer):

@@ -317,3 +317,16 @@ def test_rows_that_cannot_be_inspected_are_an_error(run, tmp_path):
         inspect(Source(path=str(write(tmp_path / "pairs.jsonl", PAIRS))), Source(path=str(labels)))
     assert caught.value.code == "wrong_kind"
     assert run(tmp_path / "none.jsonl")[0] == 2
+
+
+def test_columns_have_their_names_on_the_command_line(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "hi", "better": "yes", "worse": "no"}) + "\n")
+    words = ["data", "inspect", str(file), "--json"]
+    assert main(words) == 2
+    assert "--columns prompt=question" in json.loads(capsys.readouterr().out)["error"]["remedy"]
+    assert main([*words, "--columns", "prompt=question, chosen=better, rejected=worse"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "pairs"
+    for wrong, code in (("prompt", "usage"), ("prompt=", "usage"), ("prompt=a,prompt=b", "usage"), ("promt=question", "unknown_column")):
+        assert main([*words, "--columns", wrong]) == 2
+        assert json.loads(capsys.readouterr().out)["error"]["code"] == code

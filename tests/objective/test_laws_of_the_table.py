@@ -10,6 +10,7 @@ import torch
 from judged_batches import batch_of, method, pair_rows, pairs, reorder, said_for, say
 
 from tunesmith.core.errors import BugError, RecipeError
+from tunesmith.core.load import build
 from tunesmith.core.recipe import Named
 from tunesmith.core.types import Outputs, Wanted
 from tunesmith.objective import OBJECTIVES, Rows, methods, wanted
@@ -200,6 +201,22 @@ def test_a_policy_that_is_its_reference(name):
     assert found.metrics["reward_margin"] == (0.0, 6.0)
 
 
+@pytest.mark.parametrize("name", REFERENCED)
+def test_what_rounds_apart_from_its_reference_is_a_tie(name):
+    """Where training starts the accuracy is a half, whichever way the sums were rounded; what has been learned counts."""
+    term = method(name)
+    said = said_for(term, 6)
+    reference = torch.from_numpy(said.batch.streams["reference"])[said.outputs.index].double()
+    signs = torch.randn(len(reference), generator=torch.Generator().manual_seed(1), dtype=torch.float64).sign()
+    rounded = say(said.batch, values=reference + 2e-6 * signs)
+    value, weight = term.function(rounded.outputs, rounded.batch).metrics["accuracy"]
+    assert value == weight / 2
+    better = torch.tensor([segment.role in ("chosen", "desirable") for segment in said.batch.segments])[said.outputs.row]
+    learned = say(said.batch, values=reference + torch.where(better, 1e-2, -1e-2))
+    value, weight = term.function(learned.outputs, learned.batch).metrics["accuracy"]
+    assert value == weight
+
+
 @pytest.mark.parametrize("name", [name for name in PAIRED if name not in ("nca", "sppo", "apo_zero", "apo_down", "bco_pair", "orpo")])
 def test_losses_of_margins_know_no_common_change(name):
     """Both answers more likely by one factor: nothing changes where only the difference counts; lengths made equal."""
@@ -284,6 +301,14 @@ def test_bad_values_of_single_rows():
     method("bco_pair", shift=None)
 
 
+@pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf, True, "1"])
+def test_a_weight_that_adds_nothing_to_the_loss_is_refused(weight):
+    tree = {"model": {"base": "pocket"}, "data": {"train": "rows.jsonl"}, "objective": [{"name": "dpo"}, {"name": "nll", "weight": weight}]}
+    with pytest.raises(RecipeError, match="a number above 0; to switch an objective off, leave it out") as caught:
+        build(tree)
+    assert (caught.value.code, caught.value.where) == ("bad_setting", "objective.1.weight")
+
+
 def test_terms_of_one_recipe_agree():
     def together(*names):
         return methods([Named(name=name) for name in names])
@@ -299,9 +324,9 @@ def test_terms_of_one_recipe_agree():
     assert wanted(together("reward")) == Wanted("pairs", "ends")
     assert wanted([method("reward", token_weight=0)]) == Wanted("pairs", "ends")
     assert wanted([method("reward", token_weight=0.5)]) == Wanted("pairs", "throughout")
-    assert wanted([method("reward_classes", token_weight=0.5)]) == Wanted("labels", "throughout")
+    assert wanted([method("reward_classes", token_weight=0.5)]) == Wanted("labels", "throughout", shares=True)
     assert wanted(together("reward_regression")) == Wanted("labels", "ends")
-    assert wanted(together("prm")) == Wanted("steps", "ends")
+    assert wanted(together("prm")) == Wanted("steps", "ends", shares=True)
 
 
 def test_a_term_without_rows_says_so():

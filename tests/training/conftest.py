@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from judged import objective, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tunesmith import pocket
 from tunesmith.core.load import build
+from tunesmith.core.recipe import Named
 from tunesmith.data.prepare import prepare
 from tunesmith.model.build import build_policy
 from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.objective import methods, wanted
 
 
 @pytest.fixture(scope="session")
@@ -99,5 +102,25 @@ def parts(tree):
                 for number, parameter in enumerate(policy.parameters_by_name().values()):
                     parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
         return recipe, prepared, policy
+
+    return make
+
+
+@pytest.fixture
+def wish(tree, tmp_path):
+    """wish(objective, adapter, ...): a recipe of that objective over rows of the kind that it asks for."""
+
+    def make(name: str, adapter: str, out: str = "run", **more):
+        terms = methods([Named(**objective(name))])
+        kind = wanted(terms).kind
+        made = tree(adapter, out, **more)
+        made["objective"] = [objective(name)]
+        made["data"] = {
+            "train": str(write(tmp_path / f"{kind}.jsonl", kind, 24)),
+            "validation": str(write(tmp_path / "v.jsonl", kind, 6, 100)),
+        }
+        if "reference" in terms[0].needs:
+            made["reference"] = {"cache": False}
+        return made
 
     return make

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from judged import THROUGHOUT
 
 from tunesmith.core.load import build
 from tunesmith.core.recipe import Named
@@ -26,52 +27,6 @@ from tunesmith.training.step import Budget, Sums, _slopes, counts_of, gradient_s
 
 KINDS = ["full", "lora"]
 ROWS = [name for name in OBJECTIVES if name != "nll"]
-THROUGHOUT = {
-    "reward throughout": {"name": "reward", "token_weight": 0.5},
-    "classes throughout": {"name": "reward_classes", "token_weight": 1},
-}
-
-
-def objective(name):
-    """An objective of the table, or one that learns from every token of an answer."""
-    return THROUGHOUT.get(name, {"name": name})
-
-
-def prompt(n):
-    return f"What is {n} plus {n % 7}?" + " Tell me, please." * (n % 5)
-
-
-def write(path: Path, kind: str, count: int, start: int = 0) -> Path:
-    rows = []
-    for n in range(start, start + count):
-        good, bad = f"It is {n + n % 7}." + " Really so." * (n % 4), f"No idea about {n}." + " Go away." * (n % 3)
-        if kind == "pairs":
-            rows.append({"prompt": prompt(n), "chosen": good, "rejected": bad, "margin": n % 3})
-        elif kind == "labels":
-            rows.append({"prompt": prompt(n), "completion": good if n % 3 else bad, "label": bool(n % 3)})
-        else:
-            steps = [f"{n} + {k} = {n + k + (k >= n % 4)}." for k in range(1, 4)]
-            rows.append({"prompt": prompt(n), "completions": steps, "labels": [k < n % 4 for k in range(1, 4)]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def wish(tree, tmp_path):
-    """wish(objective, adapter, ...): a recipe of that objective over rows of the kind that it asks for."""
-
-    def make(name: str, adapter: str, out: str = "run", **more):
-        kind = wanted(methods([Named(**objective(name))])).kind
-        made = tree(adapter, out, **more)
-        made["objective"] = [objective(name)]
-        made["data"] = {
-            "train": str(write(tmp_path / f"{kind}.jsonl", kind, 24)),
-            "validation": str(write(tmp_path / "v.jsonl", kind, 6, 100)),
-        }
-        made["reference"] = {"cache": False}
-        return made
-
-    return make
 
 
 @pytest.fixture
@@ -196,18 +151,6 @@ def test_two_ranks_are_one(wish, name, tmp_path):
         assert a.get("eval/loss") == pytest.approx(b.get("eval/loss"), abs=1e-4)
 
 
-def test_the_reference_is_the_model_at_the_start_also_when_an_adapter_goes_on(wish, tmp_path):
-    """A LoRA that is trained on: its reference is what it was, not the bare base below it."""
-    first = wish("orpo", "lora", "first", steps=6, eval_every=0)
-    train(first)
-    second = wish("dpo", "lora", "second", steps=6, eval_every=3)
-    second["model"]["base"] = str(Path(first["run"]["out"]) / "final")
-    result = train(second)
-    assert result["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
-    third = {**second, "reference": {"model": "base", "cache": False}, "run": {**second["run"], "out": str(tmp_path / "third")}}
-    assert abs(train(third)["start"]["eval/loss"] - 0.6931471805599453) > 1e-3
-
-
 def test_a_rank_without_rows_takes_part_in_a_whole_step_loss(built):
     """A step with fewer micro-batches than ranks: the idle rank gathers the others' rows and has no slope of its own."""
     terms, rows, policy = built("kto", "lora")
@@ -222,68 +165,6 @@ def test_a_rank_without_rows_takes_part_in_a_whole_step_loss(built):
     sums = Sums()
     assert _slopes(policy, [], terms[0], counts_of(batches, Ranks()), Idle(1, 2), sums) == []
     assert sums.loss == 0
-
-
-def test_a_reference_model_that_is_not_there_is_said_before_any_work(wish, tmp_path):
-    from tunesmith.core.errors import ModelError
-
-    made = wish("dpo", "lora", "run")
-    made["reference"]["model"] = str(tmp_path / "nowhere")
-    with pytest.raises(ModelError) as caught:
-        train(made)
-    assert (caught.value.code, caught.value.where) == ("no_model", "reference.model")
-    assert not Path(made["run"]["out"]).exists()
-
-
-@pytest.mark.parametrize("change", [{"adapter": {"name": "prompt", "tokens": 4}}, {"quant": "nf4"}])
-def test_the_cache_of_the_reference_tells_models_apart_that_start_from_the_same_weights(wish, change, tmp_path):
-    if "quant" in change:
-        pytest.importorskip("bitsandbytes")
-    for name, changed in (("first", {}), ("second", change)):
-        made = wish("dpo", "lora", name, steps=2, eval_every=0)
-        made["reference"]["cache"] = True
-        made["model"] |= changed
-        assert train(made)["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-3)
-
-
-def test_a_stale_reference_stops_the_run(wish, monkeypatch):
-    from tunesmith.core.errors import ModelError
-    from tunesmith.training import reference
-
-    honest = reference.logprobs
-    monkeypatch.setattr(reference, "_read", lambda path, size: None)
-
-    def wrong(policy, rows, budget, ranks):
-        return [
-            None if found is None else found - 0.5 * (row.train != 0)
-            for found, row in zip(honest(policy, rows, budget, ranks), rows, strict=True)
-        ]
-
-    made = wish("dpo", "lora", steps=2)
-    calls = []
-    monkeypatch.setattr(reference, "logprobs", lambda *a: (calls.append(1), wrong(*a) if len(calls) == 1 else honest(*a))[1])
-    with pytest.raises(ModelError, match=r"model and its reference differ: log-probabilities by up to 0\.5 of"):
-        train(made)
-
-
-def test_the_cache_of_the_reference_is_read_and_a_damaged_one_is_made_again(wish, monkeypatch, tmp_path):
-    from tunesmith.training import reference
-
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    made = wish("dpo", "lora", steps=2, eval_every=0)
-    made["reference"] = {"cache": True}
-    asked = []
-    honest = reference.logprobs
-    monkeypatch.setattr(reference, "logprobs", lambda policy, rows, *rest: (asked.append(len(rows)), honest(policy, rows, *rest))[1])
-    first = train(made)["metrics"]["loss"]
-    used, asked[:] = list(asked), []
-    assert train(made, fresh=True)["metrics"]["loss"] == first
-    assert sum(asked) < sum(used)
-    for file in (tmp_path / "cache" / "reference").rglob("values.npy"):
-        file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
-    asked[:] = []
-    assert train(made, fresh=True)["metrics"]["loss"] == first
-    assert sum(asked) == sum(used)
 
 
 def test_the_balance_of_labels_is_held_against_the_weights(wish):

@@ -32,7 +32,8 @@ def check(
     """Load, inspect and report; exit status 1 when there is a problem."""
     from tunesmith.cli.short_form import load_words
     from tunesmith.core import log
-    from tunesmith.core.load import dump_yaml
+    from tunesmith.core.load import Loaded, dump_yaml
+    from tunesmith.core.recipe import Recipe
 
     log.set_up()
     stages = load_words(recipe, sets or [], method=method, model=model, data=data, out=out, template=template)
@@ -44,7 +45,7 @@ def check(
         say(reports[0] if len(reports) == 1 else {**reports[0], "stages": reports, "problems": [p for r in reports for p in r["problems"]]})
     else:
         for stage, report in zip(stages, reports, strict=True):
-            typer.echo(dump_yaml(stage))
+            typer.echo(dump_yaml(Loaded(Recipe(**report["recipe"]), report["origin"], stage.name)))
             typer.echo(report["summary"])
             for problem in report["problems"]:
                 typer.secho(f"problem  {problem['where']}: {problem['message']}\n  -> {problem['remedy']}", fg="red")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cli.columns import read_columns
 from tunesmith.cli.main import app, say
 
 EXAMPLE = """
@@ -43,6 +44,9 @@ def inspect(
         str | None, typer.Option("--tokenizer", "--model", help="hub id, folder, run folder or pocket: lengths in its tokens as well")
     ] = None,
     data_format: Annotated[str, typer.Option("--format", help="auto, or the format's name")] = "auto",
+    columns: Annotated[
+        str | None, typer.Option(metavar="OURS=THEIRS,...", help="names of columns, e.g. prompt=question,completion=answer")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="read at most this many rows")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
@@ -52,8 +56,10 @@ def inspect(
     from tunesmith.data.inspection import inspect as look_into
 
     log.set_up()
-    held_out = None if validation is None else Source(path=validation, format=data_format)
-    found = look_into(Source(path=data, format=data_format, limit=limit), held_out, _counter(tokenizer) if tokenizer else None)
+    names = read_columns(columns)
+    held_out = None if validation is None else Source(path=validation, format=data_format, columns=names)
+    source = Source(path=data, format=data_format, columns=names, limit=limit)
+    found = look_into(source, held_out, _counter(tokenizer) if tokenizer else None)
     if as_json:
         say(found.as_dict())
         return

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cli.columns import read_columns
 from tunesmith.cli.main import app, say
 
 
@@ -38,6 +39,9 @@ def score(
     data: Annotated[str, typer.Argument(help="file, folder or hub id of rows")],
     template: Annotated[str, typer.Option(help="auto: the model's own; or a named template, a Jinja file, or none")] = "auto",
     data_format: Annotated[str, typer.Option("--format", help="auto, or the name of a row format")] = "auto",
+    columns: Annotated[
+        str | None, typer.Option(metavar="OURS=THEIRS,...", help="names of columns, e.g. prompt=question,completion=answer")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
     max_length: Annotated[int | None, typer.Option(min=8, help="longest row in tokens; default: what the model knows")] = None,
     on_bad: Annotated[Bad, typer.Option(help="rows that cannot be scored: refuse, or drop them")] = Bad.refuse,
@@ -46,15 +50,15 @@ def score(
     """Score, print each row as it is done, and sum up."""
     from tunesmith.core import log
     from tunesmith.core.errors import DataError
+    from tunesmith.core.recipe import Source
     from tunesmith.evals.score import score as score_rows
     from tunesmith.evals.score import summarise
 
     log.set_up()
+    source = Source(path=data, format=data_format, columns=read_columns(columns))
     done = []
     try:
-        for row in score_rows(
-            model, data, template=template, data_format=data_format, device=device, max_length=max_length, on_bad=on_bad.value
-        ):
+        for row in score_rows(model, source, template=template, device=device, max_length=max_length, on_bad=on_bad.value):
             say(row)
             done.append(row)
     except DataError as error:

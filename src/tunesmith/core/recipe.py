@@ -6,6 +6,7 @@ against the signature of the function that the name stands for, where that table
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -171,7 +172,7 @@ class Reference(Section):
 class TokenLimits(Section):
     """How long a row may be, and what happens to a longer one."""
 
-    max_length: int = Field(2048, ge=8, description="tokens of one row, at most")
+    max_length: int = Field(2048, ge=8, description="tokens of one row, at most; the default gives way to a base with a shorter context")
     overlong: Literal["drop", "cut_prompt", "split", "error"] = Field(
         "drop",
         description="drop: leave the row out; cut_prompt: cut context from the left, never the answer; split: text in pieces, "
@@ -251,6 +252,14 @@ class Named(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
     weight: float = 1.0
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _adds_to_the_loss(cls, value: Any) -> Any:
+        # A loss times 0 or less teaches nothing, or the opposite; NaN would be found at the first step only.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError("the weight of an objective is a number above 0; to switch an objective off, leave it out")
+        return value
 
     def settings(self) -> dict[str, Any]:
         """The settings that belong to the named row."""

@@ -149,12 +149,13 @@ class Wanted:
     `kind` of rows; `at` which positions carry weight: every token of the answers, as targets, or the last token of the rendered
     conversation (the end of every step, for steps), where a reward head reads, or both, where it learns throughout; `mismatched`: each
     labelled answer is accompanied by the answer of another row to the same prompt (role "mismatched"), for KTO's estimate of the KL
-    divergence.
+    divergence; `shares`: values are learned as probabilities, so that one outside 0..1 makes a bad row.
     """
 
     kind: Kind = "dialogs"
     at: Position = "answers"
     mismatched: bool = False
+    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

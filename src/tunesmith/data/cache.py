@@ -16,7 +16,7 @@ from tunesmith.data.sources import fingerprint
 from tunesmith.data.tokenizer import tokenizer_hash
 
 # Raise when the same rows would give other tokens: a change in readers, formats, rendering, spans or over-length policy.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,20 @@ WORDS: dict[Kind, str] = {
 OBJECTIVES: dict[Kind, str] = {
     "dialogs": "nll",
     "pairs": "dpo, simpo, orpo and the other preference losses, and reward models,",
-    "labels": "kto, bco and point-wise reward models",
+    "labels": "kto, bco, reward_regression and reward_classes",
     "steps": "process-reward models",
 }
 
 
 def shapes(row: Row, kind: Kind | None = None) -> tuple[str, ...]:
-    """The names of all formats that a row looks like; of several those of the wanted kind, where there are any (None: dialogs)."""
+    """The names of all formats that a row looks like; of several those of the wanted kind, where there are any (None: dialogs).
+
+    Where pairs or steps are wanted and there are none, a dialog with a score is labelled, which says best what it is.
+    """
     names = tuple(name for name, looks_like in LOOKS_LIKE.items() if looks_like(row))
     # A score beside a dialog is a remark to one objective and the label to another.
-    return tuple(name for name in names if KINDS[name] == (kind or "dialogs")) or names
+    asked = tuple(name for name in names if KINDS[name] == (kind or "dialogs"))
+    return asked or tuple(name for name in names if KINDS[name] != "dialogs") or names
 
 
 def check_columns(source: Source) -> None:
@@ -140,12 +144,14 @@ def _nothing_fits(source: Source, unknown: tuple[str, Row] | None, broken: Probl
     if "input_ids" in row:
         hint = "; rows that are already token ids are not read: the ledger could not say what is trained"
     else:
-        hint = next((near for name in row if (near := did_you_mean(str(name), _NAMES))), "")
+        absent = [name for name in _NAMES if name not in row]  # a name that is there is no misspelling of another
+        hint = next((near for name in row if name not in _NAMES and (near := did_you_mean(str(name), absent))), "")
     return DataError(
         f"the rows are of no known format; the first has the keys: {', '.join(map(str, row)) or 'none'}{hint}",
         where=key,
         remedy="known: messages, sharegpt (conversations), alpaca (instruction, output), prompt_completion (prompt, completion), text, "
         "preference (prompt, chosen, rejected), openai_preference, ranked (prompt, answers, scores), labelled (prompt, completion, label), "
-        "steps (prompt, completions, labels); map other names with columns: {prompt: question, completion: answer}",
+        "steps (prompt, completions, labels); map other names with columns: {prompt: question, completion: answer} "
+        "(--columns prompt=question,completion=answer)",
         code="unknown_format",
     )

@@ -85,11 +85,13 @@ def mark(judged: Judged, sides: Sequence[Rendered], wanted: Wanted) -> list[Rend
     """The rendered sides with their groups, roles, weights and streams.
 
     Raises DataError: "prompt_differs", "same_answers" (pairs), "score_no_label" (labels at answers), "steps_rewritten",
-    "steps_share_token" (steps).
+    "steps_share_token" (steps), "label_no_share" (a value outside 0..1 where shares are wanted).
     """
     if isinstance(judged, Pair):
         return _pair(judged, sides, wanted)
     (side,) = sides
+    if wanted.shares:
+        _demand_shares(judged)
     if isinstance(judged, Steps):
         places = _step_ends(judged, side)
         return [_read_at(side, places, {"value": _at(side, places, judged.values)})]
@@ -104,6 +106,20 @@ def mark(judged: Judged, sides: Sequence[Rendered], wanted: Wanted) -> list[Rend
             code="score_no_label",
         )
     return [_with(side, group=judged.key, role="desirable" if judged.value >= 0.5 else "undesirable")]
+
+
+def _demand_shares(judged: Labelled | Steps) -> None:
+    values = judged.values if isinstance(judged, Steps) else (judged.value,)
+    for place, value in enumerate(values):
+        if not 0 <= value <= 1:
+            labelled = f"label {place + 1}" if isinstance(judged, Steps) else "the label"
+            raise DataError(
+                f"{labelled} is {value:g}, and this objective learns how likely the answer is right, from 0 to 1",
+                where=judged.key,
+                remedy="scale labels to 0..1 (true and false are 1 and 0)"
+                + ("" if isinstance(judged, Steps) else ", or learn scores with objective: reward_regression"),
+                code="label_no_share",
+            )
 
 
 def _pair(pair: Pair, sides: Sequence[Rendered], wanted: Wanted) -> list[Rendered]:

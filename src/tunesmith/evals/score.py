@@ -125,6 +125,8 @@ def _refuse(gathered: Gathered, source: Source, on_bad: Literal["refuse", "drop"
         )
     for line in lines:
         logger.warning("not scored: %s", line)
+    if count:
+        logger.warning("not scored: %d of %d rows in all", count, sum(part.read for part in gathered.ledger.parts))
 
 
 def _scores(policy: Policy, rows: TokenSet, kind: Kind) -> Iterator[Scored]:

@@ -132,3 +132,55 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
             code="slow_tokenizer",
         )
     return tokenizer
+
+
+def demand_same_tokens(base: str, revision: str | None, other: str, *, where: str) -> None:
+    """Raises ModelError `tokenizer_differs` unless the ids of `base`'s tokenizer mean the same to the model `other`.
+
+    Compared are the vocabulary and which of its tokens are special; which special token ends or pads a text is not, because rows are made
+    by the tokenizer of `base` alone. Where `other` has no tokenizer, its vocabulary must be as large as that of `base`.
+    """
+    try:
+        theirs = load_tokenizer(other)
+    except ModelError as error:
+        if error.code != "no_tokenizer":
+            raise
+        sizes = _vocabulary_size(base, revision), _vocabulary_size(other, None)
+        if sizes[0] != sizes[1]:
+            raise _other_tokens(
+                f"it has no tokenizer, and a vocabulary of {sizes[1]} where the base has {sizes[0]}", other, where
+            ) from error
+        return
+    ours = load_tokenizer(base, revision)
+    mine, others = ours.get_vocab(), theirs.get_vocab()
+    if mine != others:
+        odd = [token for token in sorted(mine.keys() | others.keys()) if mine.get(token) != others.get(token)]
+        token = odd[0]
+        ids = f"{mine.get(token, 'none')} in the base, {others.get(token, 'none')} in '{other}'"
+        raise _other_tokens(f"{len(odd)} tokens differ between the vocabularies, e.g. {token!r}: id {ids}", other, where)
+    special = [{number for number, token in one.added_tokens_decoder.items() if token.special} for one in (ours, theirs)]
+    if special[0] != special[1]:
+        odd_one = min(special[0] ^ special[1])
+        raise _other_tokens(f"{ours.convert_ids_to_tokens(odd_one)!r} is a special token in one of them alone", other, where)
+
+
+def _vocabulary_size(base: str, revision: str | None) -> int:
+    from transformers import AutoConfig
+
+    place = resolve(base)
+    below = adapter_base(place)
+    if below is not None:
+        return _vocabulary_size(below, None)
+    try:
+        return int(AutoConfig.from_pretrained(place, revision=revision).get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError) as error:
+        raise no_model(base, " ".join(str(error).split())[:300]) from error
+
+
+def _other_tokens(what: str, other: str, where: str) -> ModelError:
+    return ModelError(
+        f"'{other}' does not read the ids of the base's tokenizer: {what}",
+        where=where,
+        remedy="name a model with the tokenizer of model.base (its tokenizer files beside it), or leave the setting out",
+        code="tokenizer_differs",
+    )

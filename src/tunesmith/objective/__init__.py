@@ -61,8 +61,8 @@ OBJECTIVES: Table[Callable[..., Loss]] = Table(
         "bco": Entry(LabelObjective(labels.bco), frozenset({"labels", "reference", "whole_step"}), "Jung 2024, arXiv:2404.04656"),
         "reward": Entry(rewards.reward, frozenset({"pairs", "score"}), "Bradley 1952; Stiennon 2020, arXiv:2009.01325"),
         "reward_regression": Entry(rewards.reward_regression, frozenset({"labels", "score"}), "Wang 2024, arXiv:2406.08673"),
-        "reward_classes": Entry(rewards.reward_classes, frozenset({"labels", "score"}), "Cobbe 2021, arXiv:2110.14168"),
-        "prm": Entry(rewards.prm, frozenset({"steps", "score"}), "Lightman 2023, arXiv:2305.20050"),
+        "reward_classes": Entry(rewards.reward_classes, frozenset({"labels", "score", "shares"}), "Cobbe 2021, arXiv:2110.14168"),
+        "prm": Entry(rewards.prm, frozenset({"steps", "score", "shares"}), "Lightman 2023, arXiv:2305.20050"),
     },
 )
 KINDS: tuple[Kind, ...] = ("pairs", "labels", "steps")
@@ -73,7 +73,8 @@ class Method:
     """One term of the training loss: the function with its settings bound, its weight, and what it needs.
 
     needs: the kind of data ("pairs", "labels", "steps"), "reference" (a stream of log-probabilities), "score" (a reward head),
-    "every_token" (the head is read throughout the answers), "mismatched" (rows with another row's answer), "whole_step": the loss is no
+    "every_token" (the head is read throughout the answers), "mismatched" (rows with another row's answer), "shares" (values from 0 to 1),
+    "whole_step": the loss is no
     sum over micro-batches, so that `loss` must see the rows of the whole step, joined from what `collect` gives of each micro-batch. Both
     raise BugError for a term that is not over rows.
     """
@@ -135,4 +136,4 @@ def wanted(terms: Sequence[Method]) -> Wanted:
     """What these terms ask of the data."""
     needs = frozenset[str]().union(*(term.needs for term in terms))
     at: Position = "throughout" if "every_token" in needs else "ends" if "score" in needs else "answers"
-    return Wanted(_kind(needs), at, "mismatched" in needs)
+    return Wanted(_kind(needs), at, "mismatched" in needs, "shares" in needs)

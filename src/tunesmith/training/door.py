@@ -6,12 +6,16 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.core.errors import ModelError, RecipeError
+from tunesmith.core.load import Loaded
+from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe
 from tunesmith.model import float8, quant
 from tunesmith.model.build import try_on
+from tunesmith.model.context import context_of
 from tunesmith.model.load import choose_device, choose_dtype
 from tunesmith.model.lora_start import not_quantised
 from tunesmith.model.tokenizer import ADAPTER, resolve
@@ -91,9 +95,31 @@ def _adapter(recipe: Recipe) -> None:
     try_on(recipe.model)
 
 
+def _context(recipe: Recipe) -> None:
+    longest = context_of(recipe.model)
+    if longest is not None and recipe.tokens.max_length > longest:
+        raise RecipeError(
+            f"rows of {recipe.tokens.max_length} tokens are asked for, and the base takes {longest} at most",
+            where="tokens.max_length",
+            remedy=f"set tokens.max_length: {longest} or less, or leave it out; or choose a base with a longer context",
+            code="over_context",
+        )
+
+
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
-    _objective, _device, _trackers, _weights, _run_folder, _float8, _optimizer, _quantised, _adapter, demand_reference,
+    _objective, _device, _trackers, _weights, _run_folder, _float8, _optimizer, _quantised, _adapter, _context, demand_reference,
 )  # fmt: skip
+
+
+def within_context(loaded: Loaded, stand_in: Recipe | None = None) -> Loaded:
+    """The recipe with a tokens.max_length that nobody set lowered to what its base takes, or the base of `stand_in`; said in the log."""
+    recipe = loaded.recipe
+    longest = context_of((stand_in or recipe).model)
+    if longest is None or "max_length" in recipe.tokens.model_fields_set or recipe.tokens.max_length <= longest:
+        return loaded
+    logger.info("tokens.max_length is %d: the base takes no longer rows (default %d)", longest, recipe.tokens.max_length)
+    tokens = recipe.tokens.model_copy(update={"max_length": longest})
+    return replace(loaded, recipe=recipe.model_copy(update={"tokens": tokens}), origin={**loaded.origin, "tokens.max_length": "derived"})
 
 
 def at_the_door(recipe: Recipe) -> None:

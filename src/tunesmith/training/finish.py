@@ -31,6 +31,8 @@ from tunesmith.infer.generate import generate
 from tunesmith.model import reward
 from tunesmith.model.policy import Policy
 from tunesmith.model.quant import parameter_count
+from tunesmith.model.readme import write_readme
+from tunesmith.model.tokenizer import ADAPTER
 from tunesmith.objective import Method
 from tunesmith.training import receipt as receipts
 from tunesmith.training import state as states
@@ -193,6 +195,7 @@ def save_final(final: Path, policy: Policy, tokenizer: Any, prepared: Prepared, 
     else:
         # What plain `generate` stops at; an adapter folder has no generation configuration of its own.
         policy.causal.generation_config.eos_token_id = list(stops)
+        pad = None
     with atomic_folder(final) as folder:
         policy.save(folder)
         tokenizer.save_pretrained(str(folder))
@@ -208,6 +211,8 @@ def save_final(final: Path, policy: Policy, tokenizer: Any, prepared: Prepared, 
             recipe.hash(),
         )
         write_card(folder, card)
+        if (folder / ADAPTER).is_file():
+            write_readme(folder, scalar=policy.scalar, pad=pad)
         if policy.scalar:
             position: reward.Position = "steps" if any(term.name == "prm" for term in recipe.objective) else "last"
             reward.write_card(folder, reward.RewardCard(position, template.hash, template.source, pad))

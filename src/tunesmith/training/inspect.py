@@ -44,7 +44,8 @@ def inspect(loaded: Loaded, stand_in: Recipe | None = None) -> dict[str, Any]:
 
     `stand_in` is the recipe to look at instead, when the stage's base is yet to be trained.
     """
-    recipe = stand_in or loaded.recipe
+    loaded = door.within_context(loaded, stand_in)
+    recipe = loaded.recipe if stand_in is None else stand_in.model_copy(update={"tokens": loaded.recipe.tokens})
     problems: list[dict[str, str]] = []
     derived: dict[str, Any] = {}
     for check in door.CHECKS:

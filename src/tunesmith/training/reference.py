@@ -15,26 +15,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.core import adapters
 from tunesmith.core.errors import CapacityError, ModelError, RecipeError
 from tunesmith.core.files import atomic_folder, cache_folder, file_hash, write_text
 from tunesmith.core.log import logger
-from tunesmith.core.recipe import Recipe
+from tunesmith.core.recipe import Recipe, Reference
 from tunesmith.core.types import Tokens, content_hash
 from tunesmith.data.dataset import TokenSet
 from tunesmith.data.pack import pack
 from tunesmith.evals.likelihood import quiet
 from tunesmith.model.build import load_policy
+from tunesmith.model.context import VIRTUAL
 from tunesmith.model.load import check_vocabulary
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle_front
-from tunesmith.model.tokenizer import adapter_base, demand_reachable, resolve
+from tunesmith.model.tokenizer import adapter_base, demand_reachable, demand_same_tokens, resolve
+from tunesmith.objective import OBJECTIVES, methods
 from tunesmith.training.parallel import Ranks
 from tunesmith.training.receipt import largest_difference, model_hash, precision, tolerance_of
 from tunesmith.training.step import Budget
 
 STREAM = "reference"
-VIRTUAL = (adapters.Prefix, adapters.Prompt, adapters.PTuning)
 FILE, SEAL = "values.npy", "seal.txt"
 CHUNK = 512  # rows scored between two words on progress
 PROOF = 8  # rows that are scored once more before the first step
@@ -43,7 +43,23 @@ Floats = npt.NDArray[np.float32]
 
 
 def demand_reference(recipe: Recipe) -> None:
-    """Raises ModelError when a reference model of its own is named that is not there, before any row is read."""
+    """What can be wrong with a recipe's reference before any row is read.
+
+    Raises RecipeError "unread_setting" where no objective reads one, and ModelError where a model of its own is named that is not there or
+    that reads other ids ("tokenizer_differs").
+    """
+    if not any("reference" in method.needs for method in methods(recipe.objective)):
+        # A recipe that was written out has every section, so what the defaults say is not taken for a wish.
+        if recipe.reference != Reference():
+            names = ", ".join(named.name for named in recipe.objective)
+            raise RecipeError(
+                f"objective {names} reads no reference model, so what is set here would not be read",
+                where="reference",
+                remedy="leave the section out, or choose an objective that reads a reference: "
+                + ", ".join(name for name, entry in OBJECTIVES.items() if "reference" in entry.needs),
+                code="unread_setting",
+            )
+        return
     name = recipe.reference.model
     if name in ("start", "base"):
         return
@@ -51,6 +67,16 @@ def demand_reference(recipe: Recipe) -> None:
         demand_reachable(resolve(name))
     except ModelError as error:
         raise ModelError(error.message, where="reference.model", remedy=error.remedy, code=error.code) from error
+    demand_same_tokens(recipe.model.base, recipe.model.revision, name, where="reference.model")
+
+
+def _begins_as(recipe: Recipe) -> bool:
+    """Whether the model has to be its reference before the first step: `start` always, `base` under an adapter that begins as nothing."""
+    adapter = recipe.model.adapter
+    if recipe.reference.model != "base":
+        return recipe.reference.model == "start"
+    fresh = adapter_base(resolve(recipe.model.base)) is None
+    return fresh and not isinstance(adapter, VIRTUAL) and getattr(adapter, "init", "") != "loftq"
 
 
 def _beside_the_weights(recipe: Recipe) -> dict[str, str]:
@@ -158,7 +184,11 @@ class References:
         ]
         kept = [row.streams[STREAM][row.train != 0].tolist() for row in some]
         gap, tolerance = largest_difference(ours, kept), tolerance_of(precision(self._policy), kept)
-        if self._name == "start" and not gap <= tolerance:
+        if not _begins_as(self._recipe):
+            own = "an adapter that has a start of its own" if self._name == "base" else "a model of its own"
+            logger.info("log-probabilities of model and reference (%s) differ by up to %.3g, as %s may", self._name, gap, own)
+            return gap
+        if not gap <= tolerance:
             raise ModelError(
                 f"before the first step the model and its reference differ: log-probabilities by up to {gap:.3g} of {tolerance:.3g}",
                 where="reference",

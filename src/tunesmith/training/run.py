@@ -34,7 +34,7 @@ from tunesmith.objective import methods, wanted
 from tunesmith.training import finish
 from tunesmith.training import state as states
 from tunesmith.training.balance import balance
-from tunesmith.training.door import at_the_door
+from tunesmith.training.door import at_the_door, within_context
 from tunesmith.training.lock import demand_free, hold
 from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
@@ -84,7 +84,10 @@ def _loaded(recipe: str | Path | Mapping[str, Any] | Recipe | Sequence[Loaded], 
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, words)
     if isinstance(recipe, Recipe):
-        return load_tree(recipe.as_dict())
+        tree = recipe.as_dict()
+        if "max_length" not in recipe.tokens.model_fields_set:
+            del tree["tokens"]["max_length"]  # a default, which gives way to the base's context
+        return load_tree(tree)
     if isinstance(recipe, Mapping):
         return load_tree(recipe)
     return list(recipe)
@@ -102,6 +105,7 @@ class Built:
 
 def train_one(loaded: Loaded, *, fresh: bool = False, began: float) -> Result:
     """Train one recipe; a finished run with the same identity is not run again."""
+    loaded = within_context(loaded)
     recipe = loaded.recipe
     ranks = join(recipe.run.device)
     try:

@@ -2,7 +2,7 @@ r"""Two answers to one prompt, the preferred one first: {"prompt", "chosen", "re
 
 The prompt is text, a list of turns, a list under `conversations` or `messages` (LLaMA-Factory), or instruction and input (Alpaca);
 the answers are text, a turn, or lists of turns. Without a prompt chosen and rejected are whole conversations, as lists of turns or
-as Anthropic's "\n\nHuman: ... \n\nAssistant: ..."; what they begin with alike is the prompt. Whole conversations may have
+as Anthropic's "\n\nHuman: ... \n\nAssistant: ...", or whole texts; what they begin with alike is the prompt. Whole conversations may have
 their prompt beside them as well, and must then begin with it. `margin`, or `score_chosen` and `score_rejected`, say by how much the one is
 preferred.
 """
@@ -15,6 +15,7 @@ from tunesmith.core.types import Message, Pair, Row
 from tunesmith.data.formats import answers, turns
 
 ASIDE = ("system", "tools", "margin", "score_chosen", "score_rejected")
+ASKED_ELSEWHERE = ("input", "question", "query", "problem", "context", "task")  # such a column is a prompt by another name
 COLUMNS = ("prompt", "chosen", "rejected", *answers.TURNS, "instruction", "input", "history", *ASIDE)
 
 
@@ -33,6 +34,9 @@ def to_example(row: Row, key: str) -> Pair:
     turns.no_near_miss(row, ("chosen", "rejected", *ASIDE), key, "")
     sides = {word: _side(row, word, key) for word in ("chosen", "rejected")}
     tools, margin = turns.tools_of(row.get("tools"), key), _margin(row, key)
+    if _are_whole_texts(row):
+        start, ends = _parted_texts(row, key)
+        return answers.pair(turns.led_by_system(row, [Message("user", start)], key), ends, key, tools, margin)
     whole = [bool(side) and side[0].role != "assistant" for side in sides.values()]
     if not any(whole):
         prompt = turns.led_by_system(row, answers.read_prompt(row, key), key)
@@ -49,6 +53,35 @@ def _side(row: Row, word: str, key: str) -> list[Message]:
     if found and found[-1].role != "assistant":
         turns.fail(key, word, f"empty_{word}", f"the {word} transcript ends without an answer", "remove the row, or give it an answer")
     return found or answers.read_side(value, word, key, word)
+
+
+def _are_whole_texts(row: Row) -> bool:
+    """Whether the sides are texts that no prompt stands beside, under whichever name."""
+    if any(row.get(name) is not None for name in ("prompt", *answers.TURNS, "instruction", *ASKED_ELSEWHERE)):
+        return False
+    return all(
+        isinstance(row[word], str) and row[word].strip() and not answers.from_transcript(row[word]) for word in ("chosen", "rejected")
+    )
+
+
+def _parted_texts(row: Row, key: str) -> tuple[str, dict[str, Sequence[Message]]]:
+    """What both texts begin with, without the space at its end, and what each has behind it; cut where TRL's `extract_prompt` cuts."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if chosen == rejected:
+        turns.fail(key, "", "same_answers", "chosen and rejected are the same text", "remove the row")
+    shorter = min(len(chosen), len(rejected))
+    count = next((place for place in range(shorter) if chosen[place] != rejected[place]), shorter)
+    if 0 < count < shorter and chosen[count - 1] == " ":
+        count -= 1
+    if not chosen[:count].strip():
+        turns.fail(
+            key,
+            "",
+            "no_prompt",
+            "there is no prompt, and chosen and rejected do not begin alike, so that none can be taken from them",
+            "give it under prompt; see data columns",
+        )
+    return chosen[:count], {word: [Message("assistant", row[word][count:])] for word in ("chosen", "rejected")}
 
 
 def _parted(row: Row, sides: dict[str, list[Message]], key: str) -> tuple[list[Message], dict[str, Sequence[Message]]]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tunesmith.core.errors import DataError
 from tunesmith.core.recipe import Source
 from tunesmith.core.types import Dialog, Example, Kind, Labelled, Pair, Ranked, Steps, Text
-from tunesmith.data.detect import LOOK, detect, hold
+from tunesmith.data.detect import LOOK, check_columns, detect, hold
 from tunesmith.data.formats import FORMATS, KINDS
 from tunesmith.data.inspection.dialogs import DialogReport, inspect_dialogs
 from tunesmith.data.inspection.labels import LabelReport, inspect_labels
@@ -87,6 +87,7 @@ def inspect(source: Source, validation: Source | None = None, count_tokens: Coun
 
 def examples_of(source: Source, rule: Rule = "best_worst", kind: Kind | None = None) -> Examples:
     """All rows of a source. Raises DataError when they are of no known format, of several, or not of the wanted kind."""
+    check_columns(source)
     found = iter(read(source))
     head = list(islice(found, LOOK))
     name = detect(head, source, kind)
