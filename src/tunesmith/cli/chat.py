@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +12,9 @@ from tunesmith.cli.generate import LORA, named_folders
 from tunesmith.cli.main import app
 
 CHAT = """
-Talk with a model in the terminal; an empty line or Ctrl-D ends it, Ctrl-C stops an answer.
+Talk with a model in the terminal. Ctrl-C stops an answer or clears the line; /quit or Ctrl-D ends the talk.
 
-/adapter NAME goes on with another adapter (/adapter alone: with the base), /reset forgets the talk, /help lists the commands.
+/adapter NAME goes on with another adapter (/adapter alone: with the base), /undo takes the last turn back, /reset forgets the talk, /help lists the commands. Up and Left reach earlier lines and words.
 
 [bold]Examples[/]
 
@@ -20,7 +22,17 @@ Talk with a model in the terminal; an empty line or Ctrl-D ends it, Ctrl-C stops
 
   tunesmith chat pocket --lora short=runs/short --lora long=runs/long
 """
-COMMANDS = "/adapter [NAME]  another adapter, or the base    /reset  forget the talk    /undo  take the last turn back    empty line  end"
+COMMANDS = """/adapter [NAME]  another adapter, or the base
+/undo            take the last turn back
+/reset           forget the talk
+/quit            end, as does Ctrl-D
+Ctrl-C           stop an answer, clear the line"""
+HOW_TO_LEAVE = "/quit or Ctrl-D ends the talk"
+# What to do in a talk is not what to do with a single prompt.
+REMEDIES = {
+    "unknown_adapter": "adapters are named where the talk begins: --lora NAME=FOLDER; /adapter alone goes on with the base",
+    "prompt_too_long": "the talk fills the context: /undo takes the last turn back, /reset forgets all of it",
+}
 
 
 @app.command(help=CHAT)
@@ -40,7 +52,6 @@ def chat(
 ) -> None:
     """Read a line, answer as it comes, and keep the conversation."""
     from tunesmith.core import log
-    from tunesmith.core.errors import TunesmithError
     from tunesmith.core.ports import SampleSettings
     from tunesmith.evals.opening import open_model
     from tunesmith.infer.talk import Talk
@@ -50,24 +61,44 @@ def chat(
     opened = open_model(model, adapter=adapter, template=template, dtype=dtype, device=device)
     settings = SampleSettings(max_new_tokens, temperature, top_p, seed=seed, adapter=next(iter(folders), None))
     talk = Talk(opened.policy, opened.tokenizer, opened.template, settings, system=system, folders=folders, int8=int8)
-    while (said := _ask(talk.settings.adapter)) is not None:
+    _converse(talk)
+
+
+def _converse(talk: Any) -> None:
+    """Turn after turn until the end of input or /quit. Ctrl-C never ends a talk at a terminal, where a press may come a moment late."""
+    at_terminal = sys.stdin.isatty()
+    if at_terminal and sys.stdout.isatty():
+        # Merely importing it gives `input` its line editing and its history; not every Python has it.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+    while True:
         try:
-            if said.startswith("/"):
-                typer.echo(typer.style(_command(talk, said), dim=True))
-            else:
-                _answer(talk, said)
-        except TunesmithError as error:
-            typer.echo(typer.style(str(error), fg="red"), err=True)
+            said = input(f"you ({talk.settings.adapter})> " if talk.settings.adapter else "you> ").strip()
+            if said == "/quit":
+                return
+            if said:
+                _turn(talk, said)
+        except EOFError:
+            typer.echo()
+            return
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise  # nobody sits there who could say /quit
+            typer.echo(typer.style(f"\n{HOW_TO_LEAVE}", dim=True))
 
 
-def _ask(adapter: str | None) -> str | None:
-    """The next line; None at the end."""
+def _turn(talk: Any, said: str) -> None:
+    from tunesmith.core.errors import TunesmithError
+
     try:
-        said = input(f"you ({adapter})> " if adapter else "you> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        typer.echo()
-        return None
-    return said or None
+        if said.startswith("/"):
+            typer.echo(typer.style(_command(talk, said), dim=True))
+        else:
+            _answer(talk, said)
+    except TunesmithError as error:
+        remedy = REMEDIES.get(error.code, error.remedy)
+        told = TunesmithError(error.message, where=error.where, remedy=remedy)
+        typer.echo(typer.style(str(told), fg="red"), err=True)
 
 
 def _answer(talk: Any, said: str) -> None:
@@ -79,7 +110,8 @@ def _answer(talk: Any, said: str) -> None:
     except KeyboardInterrupt:
         pieces.close()
         typer.echo(typer.style(" [stopped]", dim=True), nl=False)
-    typer.echo()
+    finally:
+        typer.echo()
 
 
 def _command(talk: Any, line: str) -> str:
@@ -92,4 +124,4 @@ def _command(talk: Any, line: str) -> str:
         return "the talk is forgotten"
     if word == "/undo":
         return "the last turn is taken back" if talk.undo() else "there is nothing to take back"
-    return COMMANDS
+    return COMMANDS if word == "/help" else f"there is no command {word}\n{COMMANDS}"
