@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-CTRL_D, UP, LEFT = "\x04", "\x1b[A", "\x1b[D"
+CTRL_C, CTRL_D, UP, LEFT = "\x03", "\x04", "\x1b[A", "\x1b[D"
 PROMPT = r"you[^>\n]*> $"
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -36,7 +36,7 @@ class Terminal:
     def press_ctrl_c(self) -> None:
         """A moment later, as a person does: Python's prompt does not see a press that comes before it waits for keys."""
         time.sleep(0.3)
-        self.type("\x03")
+        self.type(CTRL_C)
 
     def say(self, line: str, until: str = PROMPT) -> str:
         """Type a line and Enter; what is shown behind it until the next prompt."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from terminal import CTRL_D, LEFT, UP, Terminal
+from terminal import CTRL_C, CTRL_D, LEFT, UP, Terminal
 
 from tunesmith import pocket
 
-LONG = ("--temperature", "3", "--max-new-tokens", "900")  # words at random, which hardly ever end by themselves
+LONG = ("--temperature", "100", "--max-new-tokens", "900")  # words at random, which hardly ever end by themselves
 STILL = ("--temperature", "0", "--max-new-tokens", "12")
 
 
@@ -59,13 +59,13 @@ def test_an_answer_comes_in_pieces_and_ctrl_c_stops_it_and_keeps_the_talk(open_c
     chat.type("Tell me a story.\r")
     chat.read("model> .*[a-z].*[a-z]")
     before = len(chat.pieces)
-    chat.press_ctrl_c()
+    chat.type(CTRL_C)
     shown = chat.read(r"\[stopped\].*you> $")
     assert len(chat.pieces) > before, "the answer went on in pieces"
     assert "Traceback" not in shown
     assert "ends the talk" not in shown, "that is for a press at the prompt"
     chat.say("And now?", "model> .*[a-z]")
-    chat.press_ctrl_c()
+    chat.type(CTRL_C)
     chat.read(r"\[stopped\].*you> $")
     for _ in range(2):
         assert "the last turn is taken back" in chat.say("/undo"), "a stopped answer is a turn"
@@ -144,3 +144,11 @@ def test_a_talk_from_a_file_ends_with_the_file() -> None:
     assert done.stdout.count("model> ") == 1
     assert "the last turn is taken back" in done.stdout, "what follows an empty line is read too"
     assert "there is nothing to take back" in done.stdout
+
+
+def test_settings_of_the_draw_are_those_of_generate(open_chat: Callable[..., Terminal]) -> None:
+    plain = answer(open_chat(*STILL).say("Hello."))
+    word = plain.split()[0]
+    narrow = ("--top-k", "1", "--min-p", "1", "--repetition-penalty", "1", "--frequency-penalty", "0", "--presence-penalty", "0")
+    chat = open_chat("--temperature", "1", "--max-new-tokens", "12", *narrow, "--stop", word)
+    assert answer(chat.say("Hello.")).strip() == plain.partition(word)[0].strip(), "one candidate is the greedy one, and a stop ends it"

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.generate import LORA, named_folders
+from tunesmith.cli import sampling
 from tunesmith.cli.main import app
 
 CHAT = """
 Talk with a model in the terminal. Ctrl-C stops an answer or clears the line; /quit or Ctrl-D ends the talk.
 
-/adapter NAME goes on with another adapter (/adapter alone: with the base), /undo takes the last turn back, /reset forgets the talk, /help lists the commands. Up and Left reach earlier lines and words.
+/adapter NAME goes on with another adapter (/adapter alone: with the base), /undo takes the last turn back, /reset forgets the talk.
+
+/help lists the commands; Up and Left reach earlier lines and words.
 
 [bold]Examples[/]
 
@@ -39,14 +41,20 @@ REMEDIES = {
 def chat(
     model: Annotated[str, typer.Argument(help="hub id, folder, run folder or pocket")],
     adapter: Annotated[str | None, typer.Option(help="adapter folder to put on the model, of any kind")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help=LORA)] = None,
+    lora: sampling.Lora = None,
     template: Annotated[str, typer.Option(help="auto, a named template, or a Jinja file")] = "auto",
     system: Annotated[str | None, typer.Option(help="system message")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    int8: Annotated[bool, typer.Option("--int8", help="products in 8 bits: faster on a CPU, coarser")] = False,
+    max_new_tokens: sampling.MaxNewTokens = 256,
+    temperature: sampling.Temperature = 0.7,
+    top_p: sampling.TopP = 1.0,
+    top_k: sampling.TopK = 0,
+    min_p: sampling.MinP = 0.0,
+    repetition_penalty: sampling.RepetitionPenalty = 1.0,
+    frequency_penalty: sampling.FrequencyPenalty = 0.0,
+    presence_penalty: sampling.PresencePenalty = 0.0,
+    stop: sampling.Stop = None,
+    seed: sampling.Seed = 0,
+    int8: sampling.Int8 = False,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
 ) -> None:
@@ -54,12 +62,17 @@ def chat(
     from tunesmith.core import log
     from tunesmith.core.ports import SampleSettings
     from tunesmith.evals.opening import open_model
+    from tunesmith.infer.draw import check_settings
     from tunesmith.infer.talk import Talk
 
     log.set_up()
-    folders = named_folders(lora)
+    folders = sampling.named_folders(lora)
+    settings = SampleSettings(
+        max_new_tokens, temperature, top_p, top_k, 1, seed, min_p, repetition_penalty, frequency_penalty, presence_penalty,
+        stop=tuple(stop or ()), adapter=next(iter(folders), None),
+    )  # fmt: skip
+    check_settings(settings)  # here rather than after the first line
     opened = open_model(model, adapter=adapter, template=template, dtype=dtype, device=device)
-    settings = SampleSettings(max_new_tokens, temperature, top_p, seed=seed, adapter=next(iter(folders), None))
     talk = Talk(opened.policy, opened.tokenizer, opened.template, settings, system=system, folders=folders, int8=int8)
     _converse(talk)
 
