@@ -155,7 +155,7 @@ def _stopped(done: int, lines: list[Line]) -> Exception:
         remedy = f"their lines are out; go on with the rows from {lines[done].place}"
     else:
         remedy = "run the same command again"
-    return TunesmithError(f"stopped; {done} of {len(lines)} prompts are done", where="generate", remedy=remedy, code="interrupted")
+    return TunesmithError(f"{done} of {len(lines)} prompts are done", where="generate", remedy=remedy, code="interrupted")
 
 
 def _stream(opened: Opened, lines: list[Line], settings: SampleSettings, raw: bool, how: How) -> None:
