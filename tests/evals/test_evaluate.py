@@ -332,8 +332,10 @@ def test_prompts_of_a_file_and_raw_text(base: Opened, tmp_path: Path) -> None:
     path.write_text(
         '{"prompt": "hi"}\n{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}\n', encoding="utf-8"
     )
-    asks = read_prompts(path)
+    lines = read_prompts(path)
+    asks = [line.ask for line in lines]
     rows = generate(base.policy, base.tokenizer, base.template, asks, SampleSettings(max_new_tokens=3, n=2))
+    assert [line.place for line in lines] == [f"{path}:1", f"{path}:2"]
     assert [row["prompt"] for row in rows] == ["hi", [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]]
     assert all(len(row["completions"]) == 2 for row in rows)
     [raw] = generate(base.policy, base.tokenizer, base.template, ["ab"], SampleSettings(max_new_tokens=3, temperature=0.0), raw=True)
@@ -371,7 +373,7 @@ def test_what_a_template_refuses_is_said_with_its_row(base: Opened, tmp_path: Pa
     (tmp_path / "strict.jinja").write_text("{% if not messages %}{{ raise_exception('no words') }}{% endif %}" + TEMPLATE, encoding="utf-8")
     strict = replace(base, template=choose_template(base.tokenizer, str(tmp_path / "strict.jinja")))
     with pytest.raises(TemplateError) as caught:
-        generate(base.policy, base.tokenizer, strict.template, read_prompts(path), SampleSettings(max_new_tokens=3))
+        generate(base.policy, base.tokenizer, strict.template, [line.ask for line in read_prompts(path)], SampleSettings(max_new_tokens=3))
     assert caught.value.where == f"{path}:2"
     for raw in (False, True):
         with pytest.raises(DataError, match="half of a surrogate pair") as half:

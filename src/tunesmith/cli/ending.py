@@ -41,7 +41,8 @@ def guarded(app: typer.Typer, arguments: list[str]) -> int:
         _tell(_usage(error), as_json)
         return WRONG_INPUT
     except (typer.Abort, KeyboardInterrupt):
-        remedy = "run the same command again; a training run goes on from its last checkpoint"
+        trains = any(word in arguments[:1] for word in ("train", "demo"))
+        remedy = "run the same command again" + ("; a training run goes on from its last checkpoint" if trains else "")
         _tell(TunesmithError("stopped at once", remedy=remedy, code="interrupted"), as_json)
         return INTERRUPTED
     except SystemExit:

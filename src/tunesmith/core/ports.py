@@ -16,8 +16,8 @@ class SampleSettings:
     In this order: logit_bias is added; repetition_penalty r divides positive logits of tokens seen in prompt or answer by r and
     multiplies negative ones (Keskar 2019, arXiv:1909.05858); frequency_penalty times a token's count in the answer, and
     presence_penalty once if it is there, are subtracted; temperature; top_k; top_p (Holtzman 2020, arXiv:1904.09751); min_p times the
-    likeliest token's probability (Nguyen 2024, arXiv:2407.01082). `stop` texts end an answer and are left out of it, `stop_ids` are
-    added to the sampler's own. top_logprobs: so many of the likeliest tokens are reported at every place. `adapter`: one of those that
+    likeliest token's probability (Nguyen 2024, arXiv:2407.01082). `stop` texts (or one text) end an answer and are left out of it,
+    `stop_ids` are added to the sampler's own. top_logprobs: so many of the likeliest tokens are reported at every place. `adapter`: one of those that
     the engine has loaded.
     """
 
@@ -36,6 +36,14 @@ class SampleSettings:
     stop_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
     adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        """One stop may be given as a text, and a bias with ids as JSON has them."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.logit_bias, Mapping) and any(isinstance(token, str) for token in self.logit_bias):
+            ids = {int(token) if isinstance(token, str) and token.isdecimal() else token: bias for token, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", ids)
 
 
 class Sampler(Protocol):

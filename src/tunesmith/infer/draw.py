@@ -6,8 +6,9 @@ B rows, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -80,29 +81,56 @@ def _by_operations(logits: Tensor, rows: Sequence[Asked], numbers: Tensor) -> tu
 
 def check_settings(settings: SampleSettings, vocabulary: int | None = None) -> None:
     """Raises RecipeError `bad_setting` with the name of a setting that no sampler can do."""
-    near = "between -2 and 2"
+    s, near = settings, "a number between -2 and 2"
+    of = f" of {vocabulary}" if vocabulary else ""
+
+    def known(token: object) -> bool:
+        return _whole(token) and 0 <= token < (vocabulary or token + 1)  # type: ignore[operator]
+
+    # Each looks at the kind first: a comparison with what is no number would end in an error that names no setting.
     rules = (
-        ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= settings.temperature < float("inf"), "0 (greedy) or more"),
-        ("top_p", 0 < settings.top_p <= 1, "above 0 and at most 1 (off)"),
-        ("top_k", settings.top_k >= 0, "0 (off) or more"),
-        ("n", settings.n >= 1, "at least 1"),
-        ("min_p", 0 <= settings.min_p <= 1, "between 0 (off) and 1"),
-        ("repetition_penalty", 0 < settings.repetition_penalty < float("inf"), "above 0; 1 is off"),
-        ("frequency_penalty", -2 <= settings.frequency_penalty <= 2, near),
-        ("presence_penalty", -2 <= settings.presence_penalty <= 2, near),
-        ("stop", all(settings.stop), "texts that are not empty"),
-        ("top_logprobs", 0 <= settings.top_logprobs <= MOST_TOP_LOGPROBS, f"between 0 and {MOST_TOP_LOGPROBS}"),
+        ("max_new_tokens", _whole(s.max_new_tokens) and s.max_new_tokens >= 1, "a whole number of at least 1"),
+        ("temperature", _number(s.temperature) and 0 <= s.temperature < float("inf"), "0 (greedy) or more"),
+        ("top_p", _number(s.top_p) and 0 < s.top_p <= 1, "a number above 0 and at most 1 (off)"),
+        ("top_k", _whole(s.top_k) and s.top_k >= 0, "a whole number, 0 (off) or more"),
+        ("n", _whole(s.n) and s.n >= 1, "a whole number of at least 1"),
+        ("seed", _whole(s.seed), "a whole number"),
+        ("min_p", _number(s.min_p) and 0 <= s.min_p <= 1, "a number between 0 (off) and 1"),
+        ("repetition_penalty", _number(s.repetition_penalty) and 0 < s.repetition_penalty < float("inf"), "a number above 0; 1 is off"),
+        ("frequency_penalty", _number(s.frequency_penalty) and -2 <= s.frequency_penalty <= 2, near),
+        ("presence_penalty", _number(s.presence_penalty) and -2 <= s.presence_penalty <= 2, near),
+        ("stop", _listed(s.stop) and all(isinstance(text, str) and text for text in s.stop), "texts that are not empty"),
+        ("stop_ids", _listed(s.stop_ids) and all(known(token) for token in s.stop_ids), f"ids of the vocabulary{of}"),
+        (
+            "top_logprobs",
+            _whole(s.top_logprobs) and 0 <= s.top_logprobs <= MOST_TOP_LOGPROBS,
+            f"a whole number between 0 and {MOST_TOP_LOGPROBS}",
+        ),
         (
             "logit_bias",
-            all(0 <= token < (vocabulary or token + 1) and abs(bias) <= MOST_BIAS for token, bias in settings.logit_bias.items()),
-            f"ids of the vocabulary{f' of {vocabulary}' if vocabulary else ''} with numbers between -{MOST_BIAS} and {MOST_BIAS}",
+            isinstance(s.logit_bias, Mapping)
+            and all(known(token) and _number(bias) and abs(bias) <= MOST_BIAS for token, bias in s.logit_bias.items()),
+            f"ids of the vocabulary{of} with numbers between -{MOST_BIAS} and {MOST_BIAS}",
         ),
+        ("adapter", s.adapter is None or isinstance(s.adapter, str), "the name of a loaded adapter, or None for the base"),
     )
     for name, fine, wanted in rules:
         if not fine:
             value = getattr(settings, name)
-            raise RecipeError(f"{name} is {value}, which no sampler can do", where=name, remedy=f"use {wanted}", code="bad_setting")
+            raise RecipeError(f"{name} is {value!r}, which no sampler can do", where=name, remedy=f"use {wanted}", code="bad_setting")
+
+
+def _whole(value: object) -> bool:
+    """An integer of Python's or NumPy's; True is one to Python, and yet a mistake here."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _listed(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _changes(row: Asked) -> bool:

@@ -100,6 +100,15 @@ class Engine:
         Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings; ModelError
         `not_finite` when the model says NaN or infinity.
         """
+        return list(self.answers(prompts, settings))
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], settings: SampleSettings | Sequence[SampleSettings], places: Sequence[str] = ()
+    ) -> Generator[list[Completion], None, None]:
+        """What `sample` gives, a prompt's completions as soon as they and those before them are done; leaving early drops the rest.
+
+        `places`: what errors call the prompts.
+        """
         each = [settings] * len(prompts) if isinstance(settings, SampleSettings) else list(settings)
         if len(each) != len(prompts):
             raise RecipeError(
@@ -117,20 +126,21 @@ class Engine:
         requests = []
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             ids = tuple(int(token) for token in prompt)
-            requests.append(self._request(ids, own, where=f"prompt {number}", twin=seen[ids], live=False))
+            requests.append(self._request(ids, own, where=places[number] if places else f"prompt {number}", twin=seen[ids], live=False))
             seen[ids] += 1
         try:
             for rows in requests:
                 self._waiting.extend(rows)
-            with self._next.ready():
-                while self._waiting or self._active:
-                    self._step()
+            for request in (rows[0].request for rows in requests):
+                if not request.done:
+                    with self._next.ready():
+                        while not request.done:
+                            self._step()
+                if request.error is not None:
+                    raise request.error
+                yield [one for one in request.completions if one is not None]
         finally:
             self.forget()
-        for rows in requests:
-            if rows[0].request.error is not None:
-                raise rows[0].request.error
-        return [[one for one in rows[0].request.completions if one is not None] for rows in requests]
 
     def submit(self, prompt: Sequence[int], settings: SampleSettings) -> Request:
         """Put a request in line. Raises DataError and RecipeError as `sample`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import DataError, RecipeError, TemplateError
+from tunesmith.core.errors import DataError, RecipeError, TemplateError, did_you_mean
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Source
@@ -20,6 +20,7 @@ from tunesmith.data.readers import half_character
 from tunesmith.data.sources import read
 from tunesmith.data.template import ChatTemplate, apply
 from tunesmith.infer.engine import MAX_ROWS, Engine
+from tunesmith.infer.request import Piece
 from tunesmith.infer.sampler import TransformersSampler
 from tunesmith.model.next_token import unfit
 from tunesmith.model.policy import Policy
@@ -38,6 +39,15 @@ class How:
     keep_fronts: int = 0
     folders: Mapping[str, str] = field(default_factory=dict)
     plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of a prompts file: what it asks, the adapter that it goes through (None: the base), and its place (file:line)."""
+
+    ask: Ask
+    adapter: str | None
+    place: str
 
 
 PLAIN = How()
@@ -63,30 +73,97 @@ def generate(
     too where they are asked for: [[id, log-probability], ...] at every place.
     Raises DataError for messages in raw mode, and what rendering and sampling raise.
     """
-    ids = [_row_ids(prompt, number, tokenizer, template, raw) for number, prompt in enumerate(prompts)]
-    sampler = raw_sampler(policy, tokenizer, how) if raw else chat_sampler(policy, tokenizer, template, how)
-    if isinstance(sampler, Engine) and adapters:
-        rows = sampler.sample(ids, [replace(settings, adapter=name) for name in adapters])
+    return list(generate_each(policy, tokenizer, template, prompts, settings, raw=raw, adapters=adapters, how=how))
+
+
+def generate_each(
+    policy: Policy,
+    tokenizer: Any,
+    template: ChatTemplate,
+    prompts: Sequence[Ask],
+    settings: SampleSettings,
+    *,
+    raw: bool = False,
+    adapters: Sequence[str | None] = (),
+    places: Sequence[str] = (),
+    how: How = PLAIN,
+) -> Generator[dict[str, Any], None, None]:
+    """What `generate` gives, each row as soon as it and those before it are done. `places`: what errors call the prompts."""
+    places = places or [_place(prompt, number) for number, prompt in enumerate(prompts)]
+    ids = [_row_ids(prompt, place, tokenizer, template, raw) for prompt, place in zip(prompts, places, strict=True)]
+    sampler = _sampler(policy, tokenizer, template, raw, how)
+    if isinstance(sampler, Engine):
+        each = [replace(settings, adapter=name) for name in adapters] if adapters else [settings] * len(ids)
+        for own, place in zip(each, places, strict=True):
+            _demand_adapter(sampler, own.adapter, place)
+        rows = sampler.answers(ids, each, places)
     else:
         # The plain twin goes one way for all rows, and refuses an adapter.
         named = next((name for name in adapters if name is not None), None) if adapters else settings.adapter
-        rows = sampler.sample(ids, replace(settings, adapter=named))
-    return [
-        {
-            "prompt": prompt if isinstance(prompt, str) else [message.as_dict() for message in as_prompt(prompt).messages],
-            "completions": [_as_json(one) for one in row],
-        }
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
+        rows = sampler.answers(ids, replace(settings, adapter=named), places)
+    try:
+        for prompt, row in zip(prompts, rows, strict=True):
+            said = prompt if isinstance(prompt, str) else [message.as_dict() for message in as_prompt(prompt).messages]
+            yield {"prompt": said, "completions": [_as_json(one) for one in row]}
+    finally:
+        rows.close()
 
 
-def _row_ids(prompt: Ask, number: int, tokenizer: Any, template: ChatTemplate, raw: bool) -> list[int]:
+def stream_text(
+    policy: Policy,
+    tokenizer: Any,
+    template: ChatTemplate,
+    prompt: Ask,
+    settings: SampleSettings,
+    *,
+    raw: bool = False,
+    place: str = "prompt",
+    how: How = PLAIN,
+) -> Generator[str, None, None]:
+    """The text of one answer to one prompt, in pieces as they come. Raises as `generate`."""
+    ids = _row_ids(prompt, place, tokenizer, template, raw)
+    pieces = streamed(_sampler(policy, tokenizer, template, raw, how), ids, settings)
+    try:
+        yield from (piece.text for piece in pieces)
+    finally:
+        pieces.close()
+
+
+def _sampler(policy: Policy, tokenizer: Any, template: ChatTemplate, raw: bool, how: How) -> Engine | TransformersSampler:
+    return raw_sampler(policy, tokenizer, how) if raw else chat_sampler(policy, tokenizer, template, how)
+
+
+def streamed(sampler: Engine | TransformersSampler, ids: Sequence[int], settings: SampleSettings) -> Generator[Piece, None, None]:
+    """The pieces of one answer as they come; from the plain twin all of it as one piece. Leaving the loop early ends the answer."""
+    if isinstance(sampler, Engine):
+        yield from sampler.stream(ids, settings)
+        return
+    [[done]] = sampler.sample([ids], settings)
+    yield Piece(0, done.text, done.ids, done.logprobs, done)
+
+
+def _place(prompt: Ask, number: int) -> str:
+    return prompt.key if isinstance(prompt, Prompt) and prompt.key else f"prompt {number}"
+
+
+def _demand_adapter(engine: Engine, name: str | None, place: str) -> None:
+    """Raises RecipeError `unknown_adapter` with the prompt's place, and how adapters are named."""
+    if name is None or name in engine.adapters.names:
+        return
+    raise RecipeError(
+        f"there is no adapter '{name}'{did_you_mean(name, engine.adapters.names)}",
+        where=place,
+        remedy=f"name its folder with --lora {name}=FOLDER; loaded are: {', '.join(engine.adapters.names) or 'none'}",
+        code="unknown_adapter",
+    )
+
+
+def _row_ids(prompt: Ask, place: str, tokenizer: Any, template: ChatTemplate, raw: bool) -> list[int]:
     """The ids of one prompt; what its template refuses, or its text, is said with its place."""
     try:
         return raw_ids(prompt, tokenizer) if raw else prompt_ids(prompt, tokenizer, template)
     except (TemplateError, DataError) as error:
-        where = prompt.key if isinstance(prompt, Prompt) and prompt.key else f"prompt {number}"
-        raise type(error)(error.message, where=where, remedy=error.remedy, code=error.code) from error
+        raise type(error)(error.message, where=place, remedy=error.remedy, code=error.code) from error
 
 
 def _as_json(one: Completion) -> dict[str, Any]:
@@ -153,29 +230,16 @@ def lead_of(template: ChatTemplate, tokenizer: Any) -> str:
     return lead if lead.isspace() else ""
 
 
-def read_prompts(path: str | Path) -> list[Ask]:
-    """The prompts of a file: {"prompt": str} or {"messages": [...]} a row, with `tools` where there are any.
+def read_prompts(path: str | Path, adapter: str | None = None) -> list[Line]:
+    """The rows of a file: {"prompt": str} or {"messages": [...]}, with `tools` where there are any, and `adapter` (null: the base).
 
-    Raises DataError naming file and line for a row that is neither, or that cannot be read.
+    Raises DataError naming file and line for a row that is neither, or that cannot be read; `wrong_key` for an adapter that is no name.
     """
-    out: list[Ask] = []
+    out: list[Line] = []
     for key, row in read(Source(path=str(path))):
         if isinstance(row, Problem):
             raise DataError(row.message, where=row.key, remedy=row.remedy, code=row.code)
-        out.append(_ask(row, key))
-    return out
-
-
-def read_adapters(path: str | Path, default: str | None) -> list[str | None]:
-    """The adapter that each row of a prompts file names ("adapter"; null: the base), else the default.
-
-    Raises DataError `wrong_key` for what is no name.
-    """
-    out: list[str | None] = []
-    for key, row in read(Source(path=str(path))):
-        if isinstance(row, Problem):
-            continue
-        name = row.get("adapter", default)
+        name = row.get("adapter", adapter)
         if name is not None and not isinstance(name, str):
             raise DataError(
                 f"adapter is {str(name)[:40]}, not a name",
@@ -183,7 +247,7 @@ def read_adapters(path: str | Path, default: str | None) -> list[str | None]:
                 remedy='write {"adapter": "name"}, or null for the base',
                 code="wrong_key",
             )
-        out.append(name)
+        out.append(Line(_ask(row, key), name, key))
     return out
 
 

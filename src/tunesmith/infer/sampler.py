@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,13 @@ class TransformersSampler:
         Near the model's context limit a completion gets the room that is left, and stops with "length".
         Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings.
         """
-        check_settings(settings)
+        return list(self.answers(prompts, settings))
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], settings: SampleSettings, places: Sequence[str] = ()
+    ) -> Generator[list[Completion], None, None]:
+        """What `sample` gives, a prompt's completions as soon as they and those before them are done. `places`: what errors call them."""
+        check_settings(settings, self.model.get_input_embeddings().num_embeddings)
         if settings.adapter is not None:
             raise RecipeError(
                 f"the plain sampler cannot change to the adapter '{settings.adapter}'", where="adapter", remedy="open it as the model",
@@ -73,15 +79,16 @@ class TransformersSampler:
             )  # fmt: skip
         limit = context_limit(self.model)
         limit = None if limit is None else limit - front_of(self.model)
-        requests = _requests(prompts, settings, limit)
+        requests = _requests(prompts, settings, limit, places)
         alone = alone_from(self.model.config)
-        out: list[Completion | None] = [None] * len(requests)
-        with generating(self.model, self.attention) as plain:
-            for batch in _batches(requests, self.batch_tokens, alone):
-                for request, completion in zip(batch, self._run(plain, batch, settings), strict=True):
-                    out[request.place] = completion
-        done = [completion for completion in out if completion is not None]
-        return [done[start : start + settings.n] for start in range(0, len(done), settings.n)]
+        done: dict[int, Completion] = {}
+        given = 0
+        for batch in _batches(requests, self.batch_tokens, alone):
+            with generating(self.model, self.attention) as plain:
+                done.update(zip((request.place for request in batch), self._run(plain, batch, settings), strict=True))
+            while all(given + index in done for index in range(settings.n)):
+                yield [done.pop(given + index) for index in range(settings.n)]
+                given += settings.n
 
     def _run(self, model: Any, batch: list[_Request], settings: SampleSettings) -> list[Completion]:
         try:
@@ -194,12 +201,12 @@ def context_limit(model: Any) -> int | None:
     return int(limit) if limit else None
 
 
-def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit: int | None) -> list[_Request]:
+def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit: int | None, places: Sequence[str] = ()) -> list[_Request]:
     out: list[_Request] = []
     seen: Counter[tuple[int, ...]] = Counter()
     for number, prompt in enumerate(prompts):
         ids = tuple(int(token) for token in prompt)
-        room = room_for(ids, settings.max_new_tokens, limit, f"prompt {number}")
+        room = room_for(ids, settings.max_new_tokens, limit, places[number] if places else f"prompt {number}")
         name = content_hash(ids)
         for index in range(settings.n):
             numbers = stream(settings.seed, "sample", name, seen[ids], index).random(room)

@@ -11,7 +11,7 @@ from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Completion, Message
 from tunesmith.data.template import ChatTemplate
 from tunesmith.infer.engine import Engine
-from tunesmith.infer.generate import How, chat_sampler, prompt_ids
+from tunesmith.infer.generate import How, chat_sampler, prompt_ids, streamed
 from tunesmith.model.policy import Policy
 
 FRONTS = 4  # turns whose keys and values are kept: the next prompt begins with one of them
@@ -48,27 +48,22 @@ class Talk:
         settings = replace(self.settings, seed=self.settings.seed + len(messages))
         done: Completion | None = None
         said = ""
-        if isinstance(self._sampler, Engine):
-            pieces = self._sampler.stream(ids, settings)
-            try:
-                for piece in pieces:
-                    said += piece.text
-                    if piece.text:
-                        yield piece.text
-                    done = piece.done
-            except TunesmithError:
-                raise  # the talk stays as it was
-            except BaseException:
-                self.messages = [*messages, Message("assistant", said)]
-                raise
-            else:
-                self.messages = [*messages, Message("assistant", done.text if done is not None else said)]
-            finally:
-                pieces.close()
-            return
-        [[done]] = self._sampler.sample([ids], settings)
-        self.messages = [*messages, Message("assistant", done.text)]
-        yield done.text
+        pieces = streamed(self._sampler, ids, settings)
+        try:
+            for piece in pieces:
+                said += piece.text
+                if piece.text:
+                    yield piece.text
+                done = piece.done
+        except TunesmithError:
+            raise  # the talk stays as it was
+        except BaseException:
+            self.messages = [*messages, Message("assistant", said)]
+            raise
+        else:
+            self.messages = [*messages, Message("assistant", done.text if done is not None else said)]
+        finally:
+            pieces.close()
 
     def use(self, adapter: str | None) -> None:
         """Go on with another adapter, or with the base. Raises RecipeError `unknown_adapter`."""
