@@ -17,8 +17,8 @@ class SampleSettings:
     multiplies negative ones (Keskar 2019, arXiv:1909.05858); frequency_penalty times a token's count in the answer, and
     presence_penalty once if it is there, are subtracted; temperature; top_k; top_p (Holtzman 2020, arXiv:1904.09751); min_p times the
     likeliest token's probability (Nguyen 2024, arXiv:2407.01082). `stop` texts (or one text) end an answer and are left out of it,
-    `stop_ids` are added to the sampler's own. top_logprobs: so many of the likeliest tokens are reported at every place. `adapter`: one of those that
-    the engine has loaded.
+    `stop_ids` are added to the sampler's own. top_logprobs: so many of the likeliest tokens are reported at every place. `adapter`: one
+    of those that the engine has loaded.
     """
 
     max_new_tokens: int = 256
