@@ -53,7 +53,7 @@ class Bench:
     def child(self, what: str, case: Any, setting: Setting, **others: Any) -> Result:
         """One measurement in a process of its own. Raises ChildError."""
         job, result = self.work / "job.json", self.work / "result.json"
-        keep = KEEP if setting.get("keep_memory") else {}
+        keep = (KEEP if setting.get("keep_memory") else {}) | ({} if setting.get("native", True) else {"TUNESMITH_NATIVE": "0"})
         job.write_text(json.dumps({"what": what, "case": case and asdict(case), "setting": setting, **others}), encoding="utf-8")
         seen = self.run([str(self.sides), str(job), str(result)], keep)
         return {"setting": setting, **json.loads(result.read_text(encoding="utf-8")), **seen}

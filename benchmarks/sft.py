@@ -172,18 +172,19 @@ def table(case: Case, found: Result) -> None:
 
 
 def curves(bench: Bench, case: Case, setting: Setting) -> Result:
-    """The losses of ours with every fast path on, each one off, and all off: the largest difference from all on."""
+    """The losses of ours with every fast path on, each off, all off, and no compiled functions: the largest difference from all on."""
     found: Result = {}
     for dtype in ("fp32", "bf16"):
         # Fused layers do their own LoRA, so that `lora` alone decides nothing while they are on.
-        ways = [{}, *({name: False} for name in FAST), {"lora": False, "layer": False}, dict.fromkeys(FAST, False)]
-        on, *others = tried(bench, "ours", case, [setting | {"dtype": dtype, "fast": fast} for fast in ways], shown)
+        fast = [{}, *({name: False} for name in FAST), {"lora": False, "layer": False}, dict.fromkeys(FAST, False)]
+        ways: list[Setting] = [*({"fast": one} for one in fast), {"fast": {}, "native": False}]
+        on, *others = tried(bench, "ours", case, [setting | {"dtype": dtype, **way} for way in ways], shown)
         for run in others:
             if "error" in on or "error" in run:
                 run["largest_difference"] = None
             else:
                 run["largest_difference"] = max(abs(a - b) for a, b in zip(on["losses"], run["losses"], strict=True))
-            off = " and ".join(run["setting"]["fast"])
+            off = " and ".join(run["setting"]["fast"]) or "compiled functions"
             say(f"  {case.name} {dtype}, {off} off: the loss differs by at most {run['largest_difference']} from that with all on")
         found[dtype] = [on, *others]
     return found
