@@ -121,10 +121,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(wish, name, adapter, monkeypatch):
     assert [[row.get(n) for n in names] for row in before] == [[row.get(n) for n in names] for row in after]
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", "reward", "reward throughout"])
-def test_two_ranks_are_one(wish, name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("dpo", "lora"),
+        ("kto", "lora"),
+        ("reward", "lora"),
+        ("reward throughout", "lora"),
+        ("aot", "full"),
+        ("bco", "full"),
+        ("prm", "lora"),
+    ],
+)
+def test_two_ranks_are_one(wish, name, adapter, tmp_path):
     settings = {"steps": 6, "save_every": 0, "eval_every": 3}
-    one, two = wish(name, "lora", "one", **settings), wish(name, "lora", "two", micro_tokens=64, **settings)
+    one, two = wish(name, adapter, "one", **settings), wish(name, adapter, "two", micro_tokens=64, **settings)
     train(one)
     recipe = tmp_path / "two.json"
     recipe.write_text(json.dumps(two))
