@@ -17,12 +17,13 @@ from race import FAR, MEMORY, Bench, ChildError, arguments, best_of, ceilings, g
 from sft_sides import Case, recipe_of
 from sides import Result, Setting
 
+PRECISIONS_NEAR = ("bf16 under bf16 autocast", "bf16")  # of LoRA
 FAST = ("packed", "head", "lora", "layer")
 SHARE, START = (0.60, 0.75), (5.0, 3.0)  # wanted, stretch
 
 
-def cases(work: Path, quick: bool) -> dict[str, Case]:
-    """The three cases of the table; `quick` leaves one setting a side."""
+def cases(work: Path, quick: bool, short: bool = False) -> dict[str, Case]:
+    """The three cases of the table; `short` leaves settings of TRL that came within a fifth of its best in records/, `quick` one a side."""
     micro: list[Setting] = [{"micro_tokens": size} for size in (512, 1_024, 2_048, 4_096)]
     over, shape = "fp32 under bf16 autocast", str(work / "model")
     lora = Case(
@@ -40,6 +41,9 @@ def cases(work: Path, quick: bool) -> dict[str, Case]:
         (3.0, 5.0),
     )  # fmt: skip
     found = {case.name: case for case in (lora, full, pocket)}
+    if short:
+        near = {"lora-135m": grid((1, 2), PRECISIONS_NEAR), "full-135m": grid((1, 2), (over,)), "pocket": grid((4, 8, 16), ("fp32",))}
+        found = {name: replace(case, trl=near[name], beside=[]) for name, case in found.items()}
     return {name: replace(case, ours=case.ours[1:2], trl=case.trl[1:2], beside=[]) if quick else case for name, case in found.items()}
 
 
@@ -195,11 +199,12 @@ def main() -> None:
     words = arguments(
         __doc__, "rows in any of our formats; without: longer rows of the bundled grammar", ("lora-135m", "full-135m", "pocket"),
         ("--curves", "instead of the race: loss curves with each fast path off"),
+        ("--short", "of TRL's settings only those that came within a fifth of its best in the records"),
         ("--profile", "instead of the race: torch.profiler's table of one pass of ours"),
     )  # fmt: skip
 
     def one(bench: Bench, name: str, _: Result) -> Result:
-        case = cases(bench.work, words.quick)[name]
+        case = cases(bench.work, words.quick, words.short)[name]
         if words.profile:
             found = bench.child("profile", case, {"micro_tokens": 1_024})
             say(found["table"])
