@@ -25,6 +25,7 @@ from tunesmith.data.prepare import prepare
 from tunesmith.evals.opening import open_model
 from tunesmith.model.build import build_policy
 from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.objective import OBJECTIVES as ROWS
 from tunesmith.objective import methods, wanted
 from tunesmith.training import loop
 from tunesmith.training.parallel import Ranks
@@ -88,7 +89,7 @@ def recipe_of(cell: dict[str, Any], base: Path, folder: Path, out: str, **run: A
         "model": {"base": str(base), "dtype": "fp32", **cell["model"]},
         "data": {"train": str(rows(folder, cell["objective"]))},
         "objective": [{"name": cell["objective"]}],
-        "reference": {"cache": False},
+        **({"reference": {"cache": False}} if "reference" in ROWS[cell["objective"]].needs else {}),
         "tokens": {"max_length": 256, "cache": False},
         "optim": optim,
         "run": {**settings, **run, "out": str(folder / out)},
