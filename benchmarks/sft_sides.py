@@ -44,7 +44,7 @@ def recipe_of(case: Case, setting: Setting, out: str) -> dict[str, Any]:
     return {
         "model": model | ({"adapter": {"rank": RANK, "alpha": ALPHA}} if case.lora else {}) | setting.get("model", {}),
         "data": {"train": [{"path": path, **limit} for path in case.data]},
-        "tokens": {"max_length": 4_096},
+        "tokens": {"max_length": 1_024 if case.model == "pocket" else 4_096},  # as much as the bundled base takes
         "optim": {"lr": case.lr, "schedule": "constant", "warmup": 0, "weight_decay": 0, **setting.get("optim", {})},
         "run": {
             "epochs": 1, "batch": {"examples": case.examples}, "micro_tokens": setting.get("micro_tokens", 1_024), "out": out, "samples": 0,
