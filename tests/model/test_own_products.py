@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -201,3 +203,31 @@ def test_a_whole_policy_agrees_with_pytorchs_operations(adapted: bool) -> None:
     assert 0 < float((ours - theirs).abs().max()) < 0.1 * float(theirs.abs().max())
     for mine, other in zip(grads, others, strict=True):
         assert float((mine - other).norm()) <= 0.1 * float(other.norm()) + 1e-6
+
+
+GUARDED = """
+import ctypes, mmap, torch
+from tunesmith.model import native
+page, size = mmap.PAGESIZE, 40 * mmap.PAGESIZE
+held = mmap.mmap(-1, size + page)
+at = ctypes.addressof(ctypes.c_char.from_buffer(held))
+assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(at + size), page, 0) == 0
+fast = native.kernels(torch.bfloat16)
+for dtype in (torch.bfloat16, torch.float32):
+    for rows, columns in ((65, 34), (9, 50), (33, 64)):
+        last = size - rows * columns * dtype.itemsize
+        b = torch.frombuffer(held, dtype=dtype, count=rows * columns, offset=last).view(rows, columns).fill_(1)
+        a = torch.ones(rows, 8, dtype=torch.bfloat16)
+        assert fast.dense([(a, b, True, False)], torch.empty(8, columns), native.WIDE).eq(rows).all()
+        a = torch.ones(8, columns, dtype=torch.bfloat16)
+        assert fast.dense([(a, b, False, True)], torch.empty(8, rows), native.WIDE).eq(columns).all()
+    if dtype == torch.bfloat16:
+        assert fast.dense([(b, torch.ones(8, 64, dtype=dtype), False, True)], torch.empty(33, 8), native.WIDE).eq(64).all()
+print("fine")
+"""
+
+
+@needs_pairs
+def test_no_product_reads_beyond_its_factors() -> None:
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
