@@ -423,6 +423,22 @@ def test_blocked_products_are_pytorchs(dtype: torch.dtype, outputs: list[int], g
             near(way.run(x, native.ACTIVE), gate(inner.contiguous(), up.contiguous()))
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 7), (192, 33), (64, 96), (576, 200), (1472, 65)])
+def test_sums_of_whole_numbers_are_exact(dtype: torch.dtype, int8: bool, inputs: int, outputs: int) -> None:
+    """Every number of rows that a tile, a vector's rows or a part may have too many or too few; each sum is held by fp32."""
+    if not blocks(torch.int8 if int8 else dtype):
+        pytest.skip("this processor has no product of blocks in this precision")
+    generator, most = torch.Generator().manual_seed(inputs), 127 if int8 else 15
+    weight, x = (torch.randint(-most, most + 1, (size, inputs), generator=generator).float() for size in (outputs, 600))
+    weight[:, 5] = x[:, 3] = most  # so that a step of 8 bits is 1
+    way, want = product([weight], [None], dtype, int8=int8), x.double() @ weight.double().t()
+    assert isinstance(way, Blocked)
+    for rows in (*range(1, 42), 47, 56, 63, 64, 65, 127, 128, 129, 137, 512, 513, 600):
+        assert torch.equal(way.run(x[:rows].to(dtype), native.WIDE), want[:rows].to(dtype).float()), f"{rows} rows"
+
+
 def alone(code: str, **environment: str) -> str:
     """What a fresh process prints."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True)
@@ -436,7 +452,7 @@ page, size = mmap.PAGESIZE, 40 * mmap.PAGESIZE
 held = mmap.mmap(-1, size + page)
 at = ctypes.addressof(ctypes.c_char.from_buffer(held))
 assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(at + size), page, 0) == 0
-for rows in (1, 5, 17, 33, 40, 65, 130, 160):
+for rows in (*range(1, 20), 33, 40, 65, 130, 160):
     for dtype in (torch.bfloat16, torch.float32):
         bytes_ = rows * 64 * dtype.itemsize
         x = torch.frombuffer(held, dtype=dtype, count=rows * 64, offset=size - bytes_).view(rows, 64).fill_(1)

@@ -19,8 +19,6 @@ namespace {
 // Memory that is read some products later, asked for while these multiply: they wait for their instructions, and memory has time.
 class Ahead {
    public:
-    static constexpr int64_t PACE = 32;  // bytes for each line of a strip, so that there is time for weights too
-
     void clear() { pieces_.clear(), next_ = 0, left_ = MOST; }
 
     void add(const void* at, int64_t bytes) {
@@ -29,14 +27,14 @@ class Ahead {
         if (bytes > 0) pieces_.push_back({static_cast<const char*>(at), bytes});
     }
 
-    // Where to ask for the next `bytes`; false when everything is on its way. What is asked for beyond a piece does no harm.
-    bool take(int64_t bytes, const char*& at) {
-        if (next_ == pieces_.size()) return false;
+    // Where to ask for the next `bytes`, or null when everything is on its way. What is asked for beyond a piece does no harm.
+    const char* take(int64_t bytes) {
+        if (next_ == pieces_.size()) return nullptr;
         Piece& piece = pieces_[next_];
-        at = piece.at;
+        const char* at = piece.at;
         piece.at += bytes, piece.bytes -= bytes;
         if (piece.bytes <= 0) next_++;
-        return true;
+        return at;
     }
 
    private:
@@ -80,24 +78,15 @@ inline __m512i add_products(__m512i sum, __m512i row, __m512i weights) {
     __builtin_unreachable();  // in_strips has said no
 }
 
-// What is asked for while a strip passes by, so many bytes further with each of its lines: of the next strip, and of what is read later.
-struct Asked {
-    const char* next;
-    int64_t pace;
-    const char* later;
-    int64_t later_pace;
-};
-
-// R rows by a strip of `depth` lines of WIDTH bytes. With each, NEXT lines of the next strip are asked for, and one of what is read later.
-template <bool SMALL, int R, int NEXT>
-void some_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const Asked& asked) {
+// R rows by a strip of `depth` lines of WIDTH bytes. With each, ASKS lines of `asked` are asked for.
+template <bool SMALL, int R, int ASKS>
+void some_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const char* asked) {
     __m512i low[R], high[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) low[r] = high[r] = _mm512_setzero_si512();
     for (int64_t k = 0; k < depth; k++) {
         const __m512i first = _mm512_loadu_si512(weights + k * WIDTH), second = _mm512_loadu_si512(weights + k * WIDTH + LINE);
-        for (int i = 0; i < NEXT; i++) ask(asked.next + k * asked.pace + i * LINE);
-        if (NEXT) ask(asked.later + k * asked.later_pace);
+        for (int i = 0; i < ASKS; i++) ask(asked + (k * ASKS + i) * LINE);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             int32_t some;
@@ -115,24 +104,28 @@ void some_rows(const char* rows, int64_t stride, const char* weights, char* out,
 }
 
 template <bool SMALL, int R>
-void asking_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const Asked& asked) {
-    auto call = !asked.next ? some_rows<SMALL, R, 0> : asked.pace < WIDTH ? some_rows<SMALL, R, 1> : some_rows<SMALL, R, 2>;
+void asking_rows(const char* rows, int64_t stride, const char* weights, char* out, int64_t depth, const char* asked, int64_t lines) {
+    auto call = !asked ? some_rows<SMALL, R, 0> : lines == depth ? some_rows<SMALL, R, 1> : some_rows<SMALL, R, 2>;
     call(rows, stride, weights, out, depth, asked);
 }
 
-// Half of out [rows, 64] in four bytes each. The strip `next`, if it is known, is asked for evenly on the way, and so is `ahead`.
+// Half of out [rows, 64] in four bytes each. The first rows ask for the strip `next`, if it is known, the others for what is `ahead`: one
+// line at a time and none twice, which would hold up the weights that are loaded.
 template <bool SMALL>
 void vector_strip(int64_t rows, const char* from, int64_t stride, const char* weights, void* out, int64_t depth, const char* next,
                   Ahead* ahead) {
     constexpr decltype(&asking_rows<SMALL, 1>) calls[] = {asking_rows<SMALL, 1>, asking_rows<SMALL, 2>, asking_rows<SMALL, 3>,
                                                           asking_rows<SMALL, 4>, asking_rows<SMALL, 5>, asking_rows<SMALL, 6>,
                                                           asking_rows<SMALL, 7>, asking_rows<SMALL, 8>};
-    const int64_t turns = (rows + TOGETHER - 1) / TOGETHER;
+    const int64_t turns = (rows + TOGETHER - 1) / TOGETHER, lines = turns > 1 ? depth : 2 * depth;
     for (int64_t turn = 0; turn < turns; turn++) {
         const int64_t first = rows * turn / turns, count = rows * (turn + 1) / turns - first;
-        Asked asked{next ? next + turn * depth * WIDTH / turns : nullptr, WIDTH / turns, weights, 0};
-        if (next && ahead && ahead->take(depth * Ahead::PACE, asked.later)) asked.later_pace = Ahead::PACE;
-        calls[count - 1](from + first * stride, stride, weights, static_cast<char*>(out) + first * PITCH, depth, asked);
+        const char* asked = nullptr;
+        if (turn < 2)
+            asked = next ? next + turn * depth * LINE : nullptr;
+        else if (ahead)
+            asked = ahead->take(depth * LINE);
+        calls[count - 1](from + first * stride, stride, weights, static_cast<char*>(out) + first * PITCH, depth, asked, lines);
     }
 }
 
