@@ -16,12 +16,12 @@ DRAWN = SampleSettings(40, 1.0, seed=5, n=2)
 PLACES = [f"rows.jsonl:{number}" for number in range(len(PROMPTS))]
 
 
-def test_the_engine_gives_answers_in_order_while_it_works_on_later_ones() -> None:
+def test_the_engine_gives_answers_in_order_while_it_works_on_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(max_rows=4)
     each = [replace(DRAWN, max_new_tokens=count) for count in (1, 9, 3, 40, 2, 40, 5)]
     steps = []
     step = engine._step
-    engine._step = lambda: (steps.append(1), step())  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "_step", lambda: (steps.append(1), step()))
     given, seen = [], []
     for row in engine.answers(PROMPTS, each):
         given.append(row)
@@ -39,13 +39,13 @@ def test_the_engine_gives_answers_in_order_while_it_works_on_later_ones() -> Non
     assert caught.value.where == "rows.jsonl:3"
 
 
-def test_the_plain_twin_gives_answers_batch_by_batch() -> None:
+def test_the_plain_twin_gives_answers_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = engine_of().policy
     twin = TransformersSampler(policy.model, TOKENIZER, stop_ids=[], attention=policy.own_attention, batch_tokens=100)
     prompts = sorted(PROMPTS, key=len, reverse=True)
     runs = []
     run = twin._run
-    twin._run = lambda *given: (runs.append(1), run(*given))[1]  # type: ignore[method-assign]
+    monkeypatch.setattr(twin, "_run", lambda *given: (runs.append(1), run(*given))[1])
     given, seen = [], []
     for row in twin.answers(prompts, DRAWN):
         given.append(row)

@@ -5,8 +5,7 @@ from tiny_models import gradients, largest_gap, make_batch, make_model, make_pol
 
 from tunesmith.core.errors import BugError, ModelError
 from tunesmith.core.types import Batch, Segment
-from tunesmith.model import native
-from tunesmith.model.layout import OWN_TAIL, TAIL
+from tunesmith.model.layout import TAIL
 
 BATCH = make_batch(weights=(0.0, 1.0, 0.5))
 LAYOUTS = [{"packed": True}, {"packed": False}, {"packed": True, "head": False}, {"packed": False, "head": False}]
@@ -194,8 +193,7 @@ def test_nothing_behind_the_last_trained_token_is_computed(packed):
         train[segment.start + 2 : segment.stop] = 0
         train[segment.start + 1] = 1
     policy = make_policy(make_model(), packed=packed)
-    tail = OWN_TAIL if native.pairs() else TAIL
     seen = []
     policy.causal.get_input_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.shape[0] * out.shape[1]))
     policy.score(Batch(BATCH.ids, train, BATCH.segments))
-    assert seen[0] == (-(-len(BATCH.segments) // tail) * tail if packed else len(BATCH.segments))
+    assert seen[0] == (TAIL if packed else len(BATCH.segments))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def check_settings(settings: SampleSettings, vocabulary: int | None = None) -> N
     of = f" of {vocabulary}" if vocabulary else ""
 
     def known(token: object) -> bool:
-        return _whole(token) and 0 <= token < (vocabulary or token + 1)  # type: ignore[operator]
+        return _whole(token) and 0 <= token < (vocabulary or token + 1)
 
     # Each looks at the kind first: a comparison with what is no number would end in an error that names no setting.
     rules = (
@@ -120,7 +121,7 @@ def check_settings(settings: SampleSettings, vocabulary: int | None = None) -> N
             raise RecipeError(f"{name} is {value!r}, which no sampler can do", where=name, remedy=f"use {wanted}", code="bad_setting")
 
 
-def _whole(value: object) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     """An integer of Python's or NumPy's; True is one to Python, and yet a mistake here."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunesmith.core.groups import common_front
 from tunesmith.core.types import Batch, Segment
-from tunesmith.model.layout import Layout, send
+from tunesmith.model.layout import TAIL, Layout, send
 
 WASTE = 1.3  # rows are padded together while no more than this many times their real tokens are computed
 Ints = npt.NDArray[np.int64]
@@ -104,11 +104,13 @@ def passes(
     alone_from: int | None = None,
     at: Literal["before", "at"] = "before",
     sharing: Sharing | None = None,
+    multiple: int = TAIL,
 ) -> list[Pass]:
     """The forward passes that cover every row up to its last trained token, which is a target and no input unless read `at` itself.
 
     `alone_from`: rows longer than this go through the model alone and whole, because its positions depend on the longest one.
-    `sharing`: rows of one group may share their common front (packed layout only).
+    `sharing`: rows of one group may share their common front (packed layout only). `multiple`: packed tokens on a CPU
+    are so many times a whole number.
     """
     tail = int(at == "at")
     spans = [_span(batch, s, tail, whole=alone_from is not None) for s in batch.segments if batch.train[s.start : s.stop].any()]
@@ -117,7 +119,7 @@ def passes(
         apart = {span.start for span in single}
         documents = _documents(batch, [span for span in spans if span.start not in apart], sharing)
         groups = [[Document((span,))] for span in single] + [group for group in _by_window(documents, sharing) if group]
-        return [_packed(batch, sorted(group, key=lambda document: -document.inputs), device, tail) for group in groups]
+        return [_packed(batch, sorted(group, key=lambda document: -document.inputs), device, tail, multiple) for group in groups]
     spans.sort(key=lambda span: -span.inputs)
     return [_padded(batch, group, device, side, tail) for group in [*([s] for s in single), *_alike(spans[len(single) :])]]
 
@@ -164,8 +166,9 @@ def _alike(spans: Sequence[Span]) -> list[list[Span]]:
     return groups
 
 
-def _packed(batch: Batch, documents: Sequence[Document], device: torch.device, at: int) -> Pass:
-    layout = Layout([d.inputs for d in documents], device, {i: (d.shared, d.tails) for i, d in enumerate(documents) if d.shared})
+def _packed(batch: Batch, documents: Sequence[Document], device: torch.device, at: int, multiple: int) -> Pass:
+    trees = {i: (d.shared, d.tails) for i, d in enumerate(documents) if d.shared}
+    layout = Layout([d.inputs for d in documents], device, trees, multiple)
     filler = layout.total - layout.real
     ids = np.concatenate([*(piece for d in documents for piece in d.ids(batch)), np.zeros(filler, np.int32)]).astype(np.int64)
     index, rows, lengths = [], [], []

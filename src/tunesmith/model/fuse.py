@@ -183,13 +183,14 @@ def _train(
     """The layer over whole rows."""
     attention, fused, parts = layer.self_attn, layer.tunesmith, held.parts
     with torch.autocast("cpu", enabled=False):
-        fast, shape = by_documents(parts.dtype, position_embeddings[0].shape[-1]), (parts.keys, parts.group)
-        if attention.head_dim != position_embeddings[0].shape[-1]:  # a part of each head is turned
-            fast = None
+        whole = attention.head_dim == position_embeddings[0].shape[-1]  # or a part of each head is turned
+        fast = by_documents(parts.dtype, attention.head_dim) if whole else None
         plan = Plan(
             of=parts,
             layout=layout,
-            rotary=rotary_tables(*position_embeddings, layout, *shape, float(attention.scaling), parts.dtype, fast is not None),
+            rotary=rotary_tables(
+                *position_embeddings, layout, parts.keys, parts.group, float(attention.scaling), parts.dtype, fast is not None
+            ),
             window=window_of(marker, getattr(attention, "sliding_window", None), layout),
             recompute=fused.recompute,
             fast=fast,

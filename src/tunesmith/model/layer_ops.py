@@ -196,8 +196,10 @@ def weight_gradients(
         if layer.need_bias:
             grad.bias = dy.sum(0)
     if d_small is not None:
-        wide_room = torch.empty(d_small.shape[1], x.shape[1]) if fast is not None else None
-        joined = d_small.t() @ x if fast is None or wide_room is None else fast.dense([(d_small, x, True, False)], wide_room, native.WIDE)
+        if fast is None:
+            joined = d_small.t() @ x
+        else:
+            joined = fast.dense([(d_small, x, True, False)], torch.empty(d_small.shape[1], x.shape[1]), native.WIDE)
         at = 0
         for layer, grad in zip(group, grads, strict=True):
             if layer.a is not None:
@@ -218,12 +220,16 @@ def _weight_gradient(fast: native.Kernels, dy: Tensor, x: Tensor, layer: Linear)
     return None
 
 
+def own_products(dtype: torch.dtype) -> native.Kernels | None:
+    """The compiled functions where products of training on a CPU are ours, `Kernels.dense`; else None."""
+    fast = native.kernels(dtype) if dtype == torch.bfloat16 else None
+    return fast if fast is not None and fast.pairs else None
+
+
 def pairs(group: Sequence[Linear], *rows: Tensor) -> native.Kernels | None:
     """The compiled functions where their product can take these rows and the factors of the group, else None."""
-    if rows[0].dtype != torch.bfloat16 or not rows[0].is_cpu:
-        return None
-    fast = native.kernels(torch.bfloat16)
-    fit = fast is not None and fast.pairs and all(t.stride(1) == 1 and t.shape[1] % 2 == 0 for t in rows)
+    fast = own_products(rows[0].dtype) if rows[0].is_cpu else None
+    fit = fast is not None and all(t.stride(1) == 1 and t.shape[1] % 2 == 0 for t in rows)
     return fast if fit and all(layer.a is None or len(layer.a) % 2 == 0 for layer in group) else None
 
 

@@ -20,9 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tunesmith.model import native
-
-TAIL, OWN_TAIL = 64, 16  # on a CPU the number of tokens is made a multiple of this, the second where products are ours
+TAIL, OWN_TAIL = 64, 16  # on a CPU the number of tokens is made a multiple of this, of the second where the layers' products are ours
 STEP = 16  # widths and heights are multiples of this
 BLOCK = 128  # query rows that are done at once: what lies right of a block of rows is never computed
 SPREAD = 0.25  # a document shorter than this part of a bucket's width opens a new bucket (its keys would be mostly filler)
@@ -116,15 +114,20 @@ class Layout:
     `positions` [N] restarts at 0 with each document and at P with each tail; `longest` is the number of different positions.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, trees: Mapping[int, tuple[int, Sequence[int]]] | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        trees: Mapping[int, tuple[int, Sequence[int]]] | None = None,
+        multiple: int = TAIL,
+    ) -> None:
         if list(lengths) != sorted(lengths, reverse=True):
             raise ValueError("documents lie longest first")
         self.lengths = tuple(int(n) for n in lengths)
         self.device = device
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self.real = int(self.starts[-1])
-        tail = 1 if device.type != "cpu" else OWN_TAIL if native.pairs() else TAIL
-        self.total = -(-self.real // tail) * tail
+        self.total = -(-self.real // multiple) * multiple if device.type == "cpu" else self.real
         # Filler stands at position 0: rotary angles may depend on the largest position in sight.
         self.trees = {number: (front, tuple(tails)) for number, (front, tails) in (trees or {}).items()}
         places = [*(self._places(number) for number in range(len(self.lengths))), np.zeros(self.total - self.real, np.int64)]

@@ -253,7 +253,7 @@ class Kernels:
         """Causal attention [T, H W] in every document, q scaled; and for the way back the logarithms of the sums [T, H] in fp32.
 
         q [T, H W], k and v [T, K W], `documents` as `Layout.documents` has them; tokens of no document get zeros. With `back`, the gradient
-        of the output, the output and the logarithms, the gradients of q, k and v. Raises nothing; W is a multiple of 32, and `pairs` holds.
+        of the output, the output and the logarithms, the gradients of q, k and v. Where `pairs` holds, and for W a multiple of 32.
         """
         spans, sight = documents
         real, width = len(sight), k.shape[1] // keys
@@ -288,12 +288,6 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 def multiplier(dtype: torch.dtype) -> Multiply | None:
     """What multiplies rows by blocks of weights in bf16, fp32 or int8; None where PyTorch or the processor has no such function."""
     return _multiplier(str(dtype).removeprefix("torch.")) if _on else None
-
-
-def pairs() -> bool:
-    """Whether products of training in bf16 are our own (`Kernels.dense`)."""
-    fast = kernels(torch.bfloat16)
-    return fast is not None and fast.pairs
 
 
 def in_strips(dtype: torch.dtype) -> bool:

@@ -19,7 +19,8 @@ from tunesmith.model import attention, fuse, gradients, memory, quant, reward
 from tunesmith.model.copies import Copies
 from tunesmith.model.forward import Pass, Sharing, passes
 from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
-from tunesmith.model.layout import send
+from tunesmith.model.layer_ops import own_products
+from tunesmith.model.layout import OWN_TAIL, TAIL, send
 from tunesmith.model.load import without_bars
 from tunesmith.model.lora_start import has_twin, save_joined
 from tunesmith.model.positions import alone_from
@@ -118,7 +119,11 @@ class Policy:
         virtual = self.virtual if self.virtual is not None and self.virtual.at_work else None
         whole = batch if virtual is None else virtual.lengthen(batch)
         parts, order = [], []
-        for one in passes(whole, self.device, self.layout, side=self.side, alone_from=self.alone_from, at=at, sharing=self.sharing):
+        own = self.layers == "fused" and own_products(self.dtype) is not None
+        for one in passes(
+            whole, self.device, self.layout, side=self.side, alone_from=self.alone_from, at=at, sharing=self.sharing,
+            multiple=OWN_TAIL if own else TAIL,
+        ):  # fmt: skip
             if virtual is not None:
                 virtual.mark(one.layout)
             parts.append(values_of(one, whole))
