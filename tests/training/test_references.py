@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import ModelError, RecipeError
+from tunesmith.core.load import load_tree
+from tunesmith.training.door import with_what_they_read
+from tunesmith.training.reference import demand_reference
 from tunesmith.training.run import train
 
 
@@ -182,3 +185,17 @@ def test_a_reference_that_nothing_reads_is_refused(wish, tree, name):
         error = refusal(made)
         assert (error.code, error.where) == ("unread_setting", "reference")
         assert "dpo" in error.remedy
+
+
+def test_stages_may_share_a_reference_that_one_of_them_reads():
+    stages = [{"name": "sft"}, {"name": "dpo", "objective": [{"name": "dpo"}]}]
+    shared = {"model": {"base": "pocket"}, "data": {"train": "rows.jsonl"}, "reference": {"cache": False}}
+    first, second = with_what_they_read(load_tree({**shared, "stages": stages}))
+    assert (first.recipe.reference.cache, second.recipe.reference.cache) == (True, False)
+    for tree in (
+        {**shared, "stages": stages[:1]},  # nobody reads it
+        {**shared, "stages": [{"name": "sft", "reference": {"cache": False}}, stages[1]]},  # written where it is not read
+    ):
+        with pytest.raises(RecipeError) as caught:
+            demand_reference(with_what_they_read(load_tree(tree))[0].recipe)
+        assert caught.value.code == "unread_setting"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,11 +35,12 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe, and for every leaf 'file', 'set', 'default' or 'derived'."""
+    """A recipe, and for every leaf 'file', 'set', 'default' or 'derived'; of a stage the sections that stand in the shared part alone."""
 
     recipe: Recipe
     origin: Origin
     name: str = ""
+    inherited: frozenset[str] = frozenset()
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -202,7 +203,8 @@ def load_tree(tree: Mapping[str, Any], *, where: str = "", set_paths: Iterable[s
                     code="bad_stages",
                 )
             whole = merge(whole, {"model": {"base": str(Path(outs[base[1:]]) / "final")}})
-        loaded.append(build(whole, where=f"{where}: stage {name}", set_paths=set_paths, name=name))
+        built = build(whole, where=f"{where}: stage {name}", set_paths=set_paths, name=name)
+        loaded.append(replace(built, inherited=frozenset(shared) - frozenset(stage)))
         outs[name] = loaded[-1].recipe.run.out
     return loaded
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.core.errors import ModelError, RecipeError
 from tunesmith.core.load import Loaded
 from tunesmith.core.log import logger
-from tunesmith.core.recipe import Recipe
+from tunesmith.core.recipe import Recipe, Reference
 from tunesmith.model import float8, quant
 from tunesmith.model.build import try_on
 from tunesmith.model.context import context_of
@@ -109,6 +109,24 @@ def _context(recipe: Recipe) -> None:
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
     _objective, _device, _trackers, _weights, _run_folder, _float8, _optimizer, _quantised, _adapter, _context, demand_reference,
 )  # fmt: skip
+
+
+def with_what_they_read(stages: Sequence[Loaded]) -> list[Loaded]:
+    """Stages without a `reference` that they only inherit and do not read, where another one reads it."""
+
+    def reads(stage: Loaded) -> bool:
+        try:
+            return any("reference" in method.needs for method in methods(stage.recipe.objective))
+        except RecipeError:  # the door says it better
+            return False
+
+    if not any(map(reads, stages)):
+        return list(stages)
+    plain = {"reference": Reference()}
+    return [
+        stage if reads(stage) or "reference" not in stage.inherited else replace(stage, recipe=stage.recipe.model_copy(update=plain))
+        for stage in stages
+    ]
 
 
 def within_context(loaded: Loaded, stand_in: Recipe | None = None) -> Loaded:

@@ -25,7 +25,7 @@ from tunesmith.training.source import Offline
 def inspect_stages(stages: Sequence[Loaded]) -> list[dict[str, Any]]:
     """One report for each stage; a stage that starts from an earlier one is checked before that one is trained."""
     reports, made = [], dict[str, Recipe]()
-    for stage in stages:
+    for stage in door.with_what_they_read(stages):
         model = stage.recipe.model
         before = made.get(model.base) if not Path(model.base).is_dir() else None
         stand_in = None

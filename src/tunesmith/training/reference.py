@@ -55,7 +55,7 @@ def demand_reference(recipe: Recipe) -> None:
             raise RecipeError(
                 f"objective {names} reads no reference model, so what is set here would not be read",
                 where="reference",
-                remedy="leave the section out (with stages: write it into those that read one), or choose an objective that does: "
+                remedy="leave the section out, or choose an objective that reads a reference: "
                 + ", ".join(name for name, entry in OBJECTIVES.items() if "reference" in entry.needs),
                 code="unread_setting",
             )

@@ -34,7 +34,7 @@ from tunesmith.objective import methods, wanted
 from tunesmith.training import finish
 from tunesmith.training import state as states
 from tunesmith.training.balance import balance
-from tunesmith.training.door import at_the_door, within_context
+from tunesmith.training.door import at_the_door, with_what_they_read, within_context
 from tunesmith.training.lock import demand_free, hold
 from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
@@ -73,7 +73,7 @@ def train_stages(stages: Sequence[Loaded], *, fresh: bool, began: float) -> Resu
     if len(stages) == 1 and not stages[0].name:
         return train_one(stages[0], fresh=fresh, began=began)
     results = []
-    for stage in stages:
+    for stage in with_what_they_read(stages):
         logger.info("stage %s", stage.name)
         results.append({**train_one(stage, fresh=fresh, began=began), "name": stage.name})
         began = time.perf_counter()
