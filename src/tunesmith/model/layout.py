@@ -144,16 +144,18 @@ class Layout:
 
     @functools.cached_property
     def documents(self) -> tuple[Ints, npt.NDArray[np.int32]]:
-        """Of each document its first token and its length; of each token (P, first): it sees the keys before P and those from `first` on.
+        """Of each document [first token, tokens, first row of queries, rows], and of each row what it sees of its document.
 
-        Both count from the document's start; a token of no tail has (0, 0).
+        A row is a token here. It sees [P, first, place]: the keys before P and those from `first` to `place`, its own, all counted from the
+        document's start; a token of no tail has P = first = 0.
         """
-        sight = np.zeros((self.real, 2), np.int32)
-        for number, (front, tails) in self.trees.items():
-            start, end = self.spans[number]
+        sight = np.zeros((self.real, 3), np.int32)
+        for number, (start, end) in enumerate(self.spans):
+            sight[start:end, 2] = np.arange(end - start)
+            front, tails = self.trees.get(number, (0, ()))
             for tail in tails:
-                sight[start + tail : end] = front, tail
-        spans = np.array([(start, end - start) for start, end in self.spans], np.int64).reshape(-1, 2)
+                sight[start + tail : end, :2] = front, tail
+        spans = np.array([(start, end - start) * 2 for start, end in self.spans], np.int64).reshape(-1, 4)
         return spans, sight
 
     def straight(self, heads: int) -> Tensor:

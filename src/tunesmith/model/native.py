@@ -250,16 +250,17 @@ class Kernels:
         self, q: Tensor, k: Tensor, v: Tensor, documents: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], keys: int, window: int,
         back: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Causal attention [T, H W] in every document, q scaled; and for the way back the logarithms of the sums [T, H] in fp32.
+        """Causal attention [R, H W] in every document, q scaled; and for the way back the logarithms of the sums [R, H] in fp32.
 
-        q [T, H W], k and v [T, K W], `documents` as `Layout.documents` has them; tokens of no document get zeros. With `back`, the gradient
+        q [R, H W], k and v [T, K W], `documents` as `Layout.documents` has them; rows of no document get zeros. With `back`, the gradient
         of the output, the output and the logarithms, the gradients of q, k and v. Where `pairs` holds, and for W a multiple of 32.
         """
         spans, sight = documents
-        real, width = len(sight), k.shape[1] // keys
+        width = k.shape[1] // keys
         made = [torch.empty_like(t) for t in ((q,) if back is None else (q, k, v))]
-        for t in made:
-            t[real:].zero_()
+        made[0][len(sight) :].zero_()
+        for t in made[1:]:
+            t[int(spans[:, 1].sum()) :].zero_()
         d_out, out, logs = back or (None, made[0], torch.empty(len(q), q.shape[1] // width))
         work = Documents(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), keys, q.shape[1] // k.shape[1], width, window, len(spans),

@@ -1,222 +1,301 @@
 // Attention of whole documents in bf16 and its gradients, in one call for all documents of a pass: no filler, no scores in memory.
 //
-// A piece of work is a document and a key head. Eight rows of a query head meet the keys they may see; their scores, softmax and weighted
-// values stay in the cache, and the way back makes them once more from the logarithms of the sums (Dao 2022, arXiv:2205.14135, section 3).
+// Up to 48 queries of a head stand side by side and the keys they see pass by, eight at a time: a score's row is a key, so that largest
+// scores and sums are kept lane by lane, shares meet values and gradients as they were made, and nothing is turned but the results. The
+// way back makes the shares once more from the logarithms of the sums (Dao 2022, arXiv:2205.14135, section 3).
 #include "pairs.h"
 
 namespace {
 
-// What native.py fills in. Rows of tokens: queries [tokens, heads * width], keys and values [tokens, keys * width], one stride each.
+// What native.py fills in. Rows: of queries [rows, heads * width], of keys and values [tokens, keys * width], one stride each.
 struct Documents {
     const bf16 *q, *k, *v;
     int64_t q_stride, kv_stride, keys, group, width, window, count;
-    const int64_t* spans;  // first token and length of each document
-    const int32_t* sight;  // of each token: keys 0 to `front` and from `begin` to itself, counted from the document's start
-    bf16* out;             // [tokens, heads * width]
-    float* logs;           // [tokens, heads]: logarithm of the sum of e^score
+    const int64_t* spans;  // of each document: first token and number of tokens, first row of queries and number of rows
+    const int32_t* sight;  // of each row of queries: the keys 0 to `front` and from `begin` to `place`, counted from the document's start
+    bf16* out;             // [rows, heads * width]
+    float* logs;           // [rows, heads]: logarithm of the sum of e^score
     const bf16* d_out;
     bf16 *dq, *dk, *dv;
 };
 
 #ifdef PAIRS
 
-constexpr int64_t PANEL = 16 * MOST, PART = 32, CHUNK = 64;  // keys of a panel, numbers of a head at a time, rows whose shares are kept
+constexpr int64_t PART = 32, KEYS = 128;  // numbers of a head at a time, keys whose shares are kept
+constexpr int64_t SIDE = 16 * MOST;       // queries side by side, at most
 
-struct Sight {  // keys in whole panels: 0 to `front` and `begin` to `end`; between them lies nothing that a row sees
-    int64_t front, begin, end;
-    bool holds(int64_t place) const { return place < front || (place >= begin && place < end); }
-};
-
-// One document and one key head.
+// One document and one key head; `part` of `parts`, which share the document's queries in turn.
 struct Work {
     const Documents& of;
-    int64_t start, length, head;
+    int64_t start, length, first_row, rows, head, part, parts;
+    float* sums;  // on the way back: gradients of keys and of values [2, length, width]
 
-    int64_t front(int64_t i) const { return of.sight[2 * (start + i)]; }
-    int64_t begin(int64_t i) const { return std::max<int64_t>(of.sight[2 * (start + i) + 1], of.window ? i - of.window + 1 : 0); }
-    int64_t panels() const { return (length + PANEL - 1) / PANEL; }
-    int64_t pitch() const { return panels() * PANEL + L; }  // no power of two: rows would meet in one set of the cache
-    const bf16* query(const bf16* rows, int64_t i, int64_t g) const {
-        return rows + (start + i) * of.q_stride + (head * of.group + g) * of.width;
-    }
-    const bf16* key(const bf16* rows) const { return rows + start * of.kv_stride + head * of.width; }
-
-    Sight sight(int64_t first, int64_t last) const {
-        int64_t most = 0, least = first;
-        for (int64_t i = first; i < last; i++) most = std::max(most, front(i)), least = std::min(least, begin(i));
-        Sight seen{(most + PANEL - 1) / PANEL * PANEL, least / PANEL * PANEL, (last + PANEL - 1) / PANEL * PANEL};
-        if (seen.front >= seen.begin) seen.front = seen.begin = 0;
-        return seen;
+    const int32_t* sight(int64_t row) const { return of.sight + 3 * (first_row + row); }
+    int64_t front(int64_t row) const { return sight(row)[0]; }
+    int64_t place(int64_t row) const { return sight(row)[2]; }
+    int64_t begin(int64_t row) const { return std::max<int64_t>(sight(row)[1], of.window ? place(row) - of.window + 1 : 0); }
+    int64_t at(int64_t row, int64_t g) const { return (first_row + row) * of.q_stride + (head * of.group + g) * of.width; }
+    int64_t key() const { return start * of.kv_stride + head * of.width; }
+    float& log(int64_t row, int64_t g) const { return of.logs[(first_row + row) * of.keys * of.group + head * of.group + g]; }
+    Rows keys(const bf16* of_all, int64_t first) const {
+        return {reinterpret_cast<const char*>(of_all + key() + first * of.kv_stride), 2 * of.kv_stride, 4, of.width / 2};
     }
 
-    // Keys or values as columns, for scores: panels of 48 tokens, each [width / 2, 48] pairs.
-    void lay_columns(const bf16* rows, __m512i* to) const {
-        const Term term{nullptr, rows, 0, of.kv_stride, of.width, 0, 1, 0};
-        for (int64_t p = 0; p < panels(); p++) lay_panel(key(rows), term, p * PANEL, length, MOST, to + p * of.width / 2 * MOST);
-    }
-
-    // Rows of tokens as depth, for sums over tokens: parts of 32 numbers, each [pairs of tokens, 32] pairs.
-    void lay_depth(const bf16* rows, int64_t stride, int64_t count, __m512i* to) const {
-        const Term term{nullptr, rows, 0, stride, count, 0, 0, 0};
-        for (int64_t part = 0; part < of.width / PART; part++) lay_panel(rows, term, part * PART, of.width, 2, to + part * ((count + 1) / 2) * 2);
-    }
-
-    // scores [rows, pitch] in fp32 of some rows and panels of columns.
-    void score(const bf16* rows, int64_t count, const Sight& seen, const __m512i* columns, float* to) const {
-        const Rows from{reinterpret_cast<const char*>(rows), 2 * of.q_stride, 4, of.width / 2};
-        for (int64_t first = 0; first < seen.end; first += PANEL) {
-            if (!seen.holds(first)) continue;
-            const Out out{to + first, pitch(), PANEL, WIDE, 1.0f, nullptr};
-            block_of<3>(count)(&from, 1, columns + first / PANEL * of.width / 2 * MOST, 0, out);
-        }
-    }
-
-    // out [rows, width] = shares [rows, pitch] times rows of tokens that lie as depth.
-    void sum(const bf16* shares, int64_t count, const Sight& seen, const __m512i* depth, bf16* out) const {
-        const int64_t pairs = (length + 1) / 2;
-        for (int64_t part = 0; part < of.width / PART; part++) {
-            const __m512i* panel = depth + part * pairs * 2;
-            const int64_t last = std::min(seen.end / 2, pairs);
-            // The terms of a block lie one behind the other, so that what lies between two of them is a call of its own.
-            float wide[TALL * PART];
-            const Out to{wide, PART, PART, WIDE, 1.0f, nullptr};
-            const Rows far{reinterpret_cast<const char*>(shares + seen.begin), 2 * pitch(), 4, last - seen.begin / 2};
-            block_of<2>(count)(&far, 1, panel + seen.begin, 0, to);
-            if (seen.front) {
-                const Rows near{reinterpret_cast<const char*>(shares), 2 * pitch(), 4, seen.front / 2};
-                const Out more{wide, PART, PART, ADD, 1.0f, nullptr};
-                block_of<2>(count)(&near, 1, panel, 0, more);
-            }
-            for (int64_t r = 0; r < count; r++)
-                for (int64_t i = 0; i < PART; i += L) store(out + r * of.q_stride + part * PART + i, load(wide + r * PART + i));
-        }
-    }
-
-    // `work(place, seen)` for every 16 keys of the panels in sight, and which of them row i sees.
-    template <class Each>
-    void look(int64_t i, const Sight& seen, Each work) const {
-        const int64_t near = front(i), far = begin(i);
-        for (int64_t place = 0; place < seen.end; place += L) {
-            if (!seen.holds(place)) continue;
-            const bool every = place + L <= near || (place >= far && place + L <= i + 1);
-            auto upto = [&](int64_t end) { return (1u << std::max<int64_t>(0, std::min<int64_t>(L, end - place))) - 1; };
-            work(place, every ? __mmask16(~0) : __mmask16(upto(near) | (upto(i + 1) & ~upto(far))));
-        }
+    // Keys or values with their numbers as rows and tokens as depth: [width / 8] times [pairs of tokens, 8] pairs.
+    void lay_turned(const bf16* of_all, __m256i* to) const {
+        const Term term{of_all + key(), nullptr, of.kv_stride, 0, length, 1, 0, 0};
+        for (int64_t i = 0; i < of.width; i += TALL) lay_rows(term, i, of.width, to + i / TALL * ((length + 1) / 2));
     }
 };
 
-const __m512 NONE = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+// Some queries of a document, 16 * V at most, and which keys they see.
+template <int V>
+struct Panel {
+    const Work& work;
+    int64_t first, count, spans[2][2];    // keys in sight of any of them
+    int64_t every_front, every_begin, every_place;  // keys that all of them see: 0 to the first, and from the second to the third
+    Ints fronts[V], begins[V], places[V];
 
-inline Vec only(Vec value, __mmask16 seen) { return as<Vec>(_mm512_maskz_mov_ps(seen, as<__m512>(value))); }
-
-void attend(const Work& work) {
-    const Documents& of = work.of;
-    const int64_t pitch = work.pitch(), columns = work.panels() * of.width / 2 * MOST, depth = (work.length + 1) / 2 * (of.width / 16);
-    __m512i* laid = reinterpret_cast<__m512i*>(Shelf<2>::of((columns + depth) * 64 + TALL * pitch * 6 + 64));
-    __m512i *keys = laid, *values = laid + columns;
-    float* scores = reinterpret_cast<float*>(values + depth);
-    bf16* shares = reinterpret_cast<bf16*>(scores + TALL * pitch);
-    work.lay_columns(of.k, keys);
-    work.lay_depth(work.key(of.v), of.kv_stride, work.length, values);
-    for (int64_t g = 0; g < of.group; g++)
-        for (int64_t first = 0; first < work.length; first += TALL) {
-            const int64_t count = std::min(TALL, work.length - first);
-            const Sight seen = work.sight(first, first + count);
-            work.score(work.query(of.q, first, g), count, seen, keys, scores);
-            for (int64_t r = 0; r < count; r++) {
-                float* row = scores + r * pitch;
-                __m512 most = NONE;
-                work.look(first + r, seen, [&](int64_t place, __mmask16 some) {
-                    most = _mm512_mask_max_ps(most, some, most, _mm512_loadu_ps(row + place));
-                });
-                const float top = most_of(as<Vec>(most));
-                Vec total{};
-                work.look(first + r, seen, [&](int64_t place, __mmask16 some) {
-                    const Vec share = only(exponential(load(row + place) - top), some);
-                    store(row + place, share);
-                    total += share;
-                });
-                const float all = sum_of(total), times = 1.0f / all;
-                work.look(first + r, seen, [&](int64_t place, __mmask16) { store(shares + r * pitch + place, load(row + place) * times); });
-                of.logs[(work.start + first + r) * of.keys * of.group + work.head * of.group + g] = top + std::log(all);
-            }
-            work.sum(shares, count, seen, values, const_cast<bf16*>(work.query(of.out, first, g)));
+    Panel(const Work& work, int64_t first, int64_t count) : work(work), first(first), count(count) {
+        int32_t told[3][16 * V];
+        std::fill(told[0], told[2], 0), std::fill(told[2], told[2] + 16 * V, -1);
+        int64_t most = 0, least = work.length, last = 0;
+        every_front = every_place = work.length, every_begin = 0;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t front = work.front(first + i), begin = work.begin(first + i), place = work.place(first + i);
+            told[0][i] = front, told[1][i] = begin, told[2][i] = place;
+            most = std::max(most, front), least = std::min(least, begin), last = std::max(last, place + 1);
+            every_front = std::min(every_front, front), every_begin = std::max(every_begin, begin);
+            every_place = std::min(every_place, place + 1);
         }
+        std::memcpy(fronts, told[0], sizeof(fronts)), std::memcpy(begins, told[1], sizeof(begins));
+        std::memcpy(places, told[2], sizeof(places));
+        most = std::min(last, (most + TALL - 1) / TALL * TALL), least = least / TALL * TALL;
+        const bool whole = most >= least;
+        spans[0][0] = 0, spans[0][1] = whole ? 0 : most, spans[1][0] = whole ? 0 : least, spans[1][1] = last;
+    }
+
+    bool sees_all(int64_t key, int64_t end) const { return end <= every_front || (key >= every_begin && end <= every_place); }
+    __mmask16 seen(int64_t key, int v) const {
+        const __m512i at = _mm512_set1_epi32(int32_t(key));
+        return _mm512_cmplt_epi32_mask(at, as<__m512i>(fronts[v])) |
+               (_mm512_cmple_epi32_mask(as<__m512i>(begins[v]), at) & _mm512_cmple_epi32_mask(at, as<__m512i>(places[v])));
+    }
+
+    // `each(first, end)` for all keys in sight, KEYS at most at a time.
+    template <class Each>
+    void keys(Each each) const {
+        for (const auto& span : spans)
+            for (int64_t key = span[0]; key < span[1]; key += KEYS) each(key, std::min(span[1], key + KEYS));
+    }
+
+    // Queries, or the gradient of their outputs, as columns [width / 2, 16 * V] of pairs, for scores.
+    void lay_columns(const bf16* of_all, int64_t g, __m512i* to) const {
+        lay_panel(of_all + work.at(first, g), Term{nullptr, nullptr, 0, work.of.q_stride, work.of.width, 0, 1, 0}, 0, count, V, to);
+    }
+
+    // The same rows of all heads as depth, for sums over queries: parts of 32 numbers, each [group * 8 * V pairs of rows, 32] pairs.
+    void lay_depth(const bf16* of_all, __m512i* to) const {
+        const Term term{nullptr, nullptr, 0, work.of.q_stride, count, 0, 0, 0};
+        const int64_t laid = (count + 1) / 2;
+        for (int64_t part = 0; part < work.of.width / PART; part++)
+            for (int64_t g = 0; g < work.of.group; g++, to += 16 * V) {
+                lay_panel(of_all + work.at(first, g), term, part * PART, work.of.width, 2, to);
+                std::fill(to + 2 * laid, to + 16 * V, _mm512_setzero_si512());
+            }
+    }
+
+    // scores [keys, 16 * V] of the keys (or values) `key` to `end`, eight at most.
+    void score(const bf16* of_all, int64_t key, int64_t end, const __m512i* columns, float* to) const {
+        const Rows rows = work.keys(of_all, key);
+        block_of<V>(end - key)(&rows, 1, columns, 0, Out{to, 16 * V, 16 * V, WIDE, 1.0f, nullptr});
+    }
+
+    // sums [width, 16 * V] += keys or values that lie turned, from `key` to `end`, times shares [pairs of keys, 16 * V].
+    void add(const __m256i* turned, int64_t key, int64_t end, const __m512i* shares, float* sums) const {
+        for (int64_t i = 0; i < work.of.width; i += TALL, turned += (work.length + 1) / 2) {
+            const Rows rows{reinterpret_cast<const char*>(turned + key / 2), 4, 4 * TALL, (end - key + 1) / 2};
+            block_of<V>(TALL)(&rows, 1, shares, 0, Out{sums + i * 16 * V, 16 * V, 16 * V, ADD, 1.0f, nullptr});
+        }
+    }
+
+    // Sums [width, 16 * V] times `times` to rows of queries.
+    void put(const float* sums, const Vec* times, bf16* of_all, int64_t g) const {
+        for (int64_t i = 0; i < work.of.width; i += L)
+            for (int v = 0; v < V; v++) {
+                __m512i square[L];
+                for (int r = 0; r < L; r++) square[r] = as<__m512i>(load(sums + (i + r) * 16 * V + v * L) * times[v]);
+                turn_square(square);
+                for (int64_t r = 0; r < std::min<int64_t>(L, count - v * L); r++)
+                    store(of_all + work.at(first + v * L + r, g) + i, as<Vec>(square[r]));
+            }
+    }
+};
+
+const Vec NONE = all(-std::numeric_limits<float>::infinity());
+
+inline Vec only(Vec value, __mmask16 seen, Vec other) {
+    return as<Vec>(_mm512_mask_mov_ps(as<__m512>(other), seen, as<__m512>(value)));
 }
 
-void attend_back(const Work& work) {
+constexpr float FOLD = 1.44269504088896341f;  // of 2
+
+// 2^x by its whole part and a polynomial in the rest, which is off by less than 2e-7; half the work of `exponential`, 0 for minus infinity.
+inline Vec power_of_two(Vec x) {
+    const Vec r = as<Vec>(_mm512_reduce_ps(as<__m512>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    Vec p = all(1.8775766705e-3f);
+    p = p * r + 8.9893403402e-3f;
+    p = p * r + 5.5826317588e-2f;
+    p = p * r + 2.4015361733e-1f;
+    p = p * r + 6.9315307314e-1f;
+    p = p * r + 9.9999992507e-1f;
+    return as<Vec>(_mm512_scalef_ps(as<__m512>(p), as<__m512>(x)));
+}
+
+inline Vec larger(Vec one, Vec other) { return as<Vec>(_mm512_max_ps(as<__m512>(one), as<__m512>(other))); }
+
+inline __m512i paired(Vec even, Vec odd) { return joined(as<__m256i>(narrowed(even)), as<__m256i>(narrowed(odd))); }
+
+template <int V>
+void attend(const Work& work, int64_t first, int64_t count, const __m256i* values, char* room) {
     const Documents& of = work.of;
-    const int64_t pitch = work.pitch(), width = of.width, length = work.length;
-    const int64_t columns = work.panels() * width / 2 * MOST, depth = (length + 1) / 2 * (width / 16), chunk = CHUNK / 2 * (width / 16);
-    const int64_t turned = (pitch + TALL - 1) / TALL * CHUNK / 2 * 32;
-    const int64_t bytes[] = {columns * 64, columns * 64, depth * 64, chunk * 64, chunk * 64, turned, TALL * pitch * 8, CHUNK * pitch * 4,
-                             length * width * 8};
-    int64_t total = 0;
-    for (int64_t one : bytes) total += one;
-    char* at = Shelf<2>::of(total);
-    char* rooms[9];
-    for (int i = 0; i < 9; i++) rooms[i] = at, at += bytes[i];
-    __m512i *keys = reinterpret_cast<__m512i*>(rooms[0]), *values = reinterpret_cast<__m512i*>(rooms[1]);
-    __m512i *key_depth = reinterpret_cast<__m512i*>(rooms[2]), *q_depth = reinterpret_cast<__m512i*>(rooms[3]),
-            *d_depth = reinterpret_cast<__m512i*>(rooms[4]);
-    float *scores = reinterpret_cast<float*>(rooms[6]), *slopes = scores + TALL * pitch;
-    bf16 *shares = reinterpret_cast<bf16*>(rooms[7]), *d_scores = shares + CHUNK * pitch;
-    float *dk = reinterpret_cast<float*>(rooms[8]), *dv = dk + length * width;
-    std::fill(dk, dk + 2 * length * width, 0.0f);
-    work.lay_columns(of.k, keys);
-    work.lay_columns(of.v, values);
-    work.lay_depth(work.key(of.k), of.kv_stride, length, key_depth);
-    for (int64_t g = 0; g < of.group; g++)
-        for (int64_t low = 0; low < length; low += CHUNK) {
-            const int64_t high = std::min(length, low + CHUNK), rows = high - low;
-            const Sight whole = work.sight(low, high);
-            for (int64_t first = low; first < high; first += TALL) {
-                const int64_t count = std::min(TALL, high - first);
-                const Sight seen = work.sight(first, first + count);
-                for (int64_t place = 0; place < whole.end; place += PANEL) {  // other rows of the chunk see them
-                    if (whole.holds(place) && !seen.holds(place))
-                        for (int64_t r = first - low; r < first - low + count; r++)
-                            for (bf16* side : {shares, d_scores}) std::memset(static_cast<void*>(side + r * pitch + place), 0, PANEL * sizeof(bf16));
-                }
-                work.score(work.query(of.q, first, g), count, seen, keys, scores);
-                work.score(work.query(of.d_out, first, g), count, seen, values, slopes);
-                for (int64_t r = 0; r < count; r++) {
-                    const bf16 *o = work.query(of.out, first + r, g), *d = work.query(of.d_out, first + r, g);
-                    Vec both{};
-                    for (int64_t i = 0; i < width; i += L) both += load(o + i) * load(d + i);
-                    const float mean = sum_of(both);
-                    const float log = of.logs[(work.start + first + r) * of.keys * of.group + work.head * of.group + g];
-                    const int64_t row = (first - low + r) * pitch;
-                    work.look(first + r, seen, [&](int64_t place, __mmask16 some) {
-                        const Vec share = only(exponential(load(scores + r * pitch + place) - log), some);
-                        store(shares + row + place, share);
-                        store(d_scores + row + place, share * (load(slopes + r * pitch + place) - mean));
-                    });
-                }
-                work.sum(d_scores + (first - low) * pitch, count, seen, key_depth, const_cast<bf16*>(work.query(of.dq, first, g)));
+    const Panel<V> panel(work, first, count);
+    __m512i *columns = reinterpret_cast<__m512i*>(room), *shares = columns + of.width / 2 * V;
+    float *scores = reinterpret_cast<float*>(shares + KEYS / 2 * V), *sums = scores + KEYS * 16 * V;
+    for (int64_t g = 0; g < of.group; g++) {
+        panel.lay_columns(of.q, g, columns);
+        std::fill(sums, sums + of.width * 16 * V, 0.0f);
+        Vec top[V], total[V];
+        for (int v = 0; v < V; v++) top[v] = all(-1e30f), total[v] = Vec{};
+        panel.keys([&](int64_t low, int64_t high) {
+            Vec most[V];
+            std::copy(top, top + V, most);
+            for (int64_t key = low; key < high; key += TALL) {
+                const int64_t end = std::min(high, key + TALL);
+                float* at = scores + (key - low) * 16 * V;
+                panel.score(of.k, key, end, columns, at);
+                const bool every = panel.sees_all(key, end);
+                for (int64_t j = key; j < end; j++)
+                    for (int v = 0; v < V; v++, at += L) {
+                        Vec score = load(at);
+                        if (!every) store(at, score = only(score, panel.seen(j, v), NONE));
+                        most[v] = larger(score, most[v]);
+                    }
             }
-            work.lay_depth(work.query(of.q, low, g), of.q_stride, rows, q_depth);
-            work.lay_depth(work.query(of.d_out, low, g), of.q_stride, rows, d_depth);
+            for (int v = 0; v < V; v++) {
+                const Vec times = exponential(top[v] - most[v]);
+                if (_mm512_cmp_ps_mask(as<__m512>(top[v]), as<__m512>(most[v]), _CMP_NEQ_UQ)) {
+                    total[v] *= times;
+                    for (int64_t i = 0; i < of.width; i++) store(sums + (i * V + v) * L, load(sums + (i * V + v) * L) * times);
+                }
+                top[v] = most[v], most[v] *= FOLD;
+            }
+            for (int64_t j = 0; j < high - low; j += 2)
+                for (int v = 0; v < V; v++) {
+                    const float* at = scores + (j * V + v) * L;
+                    const Vec even = power_of_two(load(at) * FOLD - most[v]);
+                    const Vec odd = j + 1 < high - low ? power_of_two(load(at + V * L) * FOLD - most[v]) : Vec{};
+                    total[v] += even + odd;
+                    shares[j / 2 * V + v] = paired(even, odd);
+                }
+            panel.add(values, low, high, shares, sums);
+        });
+        Vec times[V];
+        for (int v = 0; v < V; v++) {
+            times[v] = 1.0f / total[v];
+            for (int64_t i = v * L; i < std::min<int64_t>(count, v * L + L); i++)
+                work.log(first + i, g) = top[v][i - v * L] + std::log(total[v][i - v * L]);
+        }
+        panel.put(sums, times, of.out, g);
+    }
+}
+
+template <int V>
+void attend_back(const Work& work, int64_t first, int64_t count, const __m256i* keys, char* room) {
+    const Documents& of = work.of;
+    const Panel<V> panel(work, first, count);
+    const int64_t group = of.group, width = of.width, depth = group * 8 * V, pitch = group * 16 * V;
+    __m512i *columns = reinterpret_cast<__m512i*>(room), *d_columns = columns + group * width / 2 * V;
+    __m512i *rows = d_columns + group * width / 2 * V, *d_rows = rows + depth * width / 16;
+    __m512i* paired_slopes = d_rows + depth * width / 16;
+    float *sums = reinterpret_cast<float*>(paired_slopes + group * KEYS / 2 * V), *stats = sums + group * width * 16 * V;
+    float *scores = stats + 2 * pitch, *d_shares = scores + TALL * 16 * V;
+    bf16 *shares = reinterpret_cast<bf16*>(d_shares + TALL * 16 * V), *slopes = shares + TALL * pitch;
+    panel.lay_depth(of.q, rows);
+    panel.lay_depth(of.d_out, d_rows);
+    std::fill(sums, stats + 2 * pitch, 0.0f);
+    for (int64_t g = 0; g < group; g++) {
+        panel.lay_columns(of.q, g, columns + g * width / 2 * V);
+        panel.lay_columns(of.d_out, g, d_columns + g * width / 2 * V);
+        for (int64_t i = 0; i < count; i++) {
+            const bf16 *o = of.out + work.at(first + i, g), *d = of.d_out + work.at(first + i, g);
+            Vec both{};
+            for (int64_t j = 0; j < width; j += L) both += load(o + j) * load(d + j);
+            stats[g * 16 * V + i] = work.log(first + i, g), stats[pitch + g * 16 * V + i] = sum_of(both);
+        }
+    }
+    panel.keys([&](int64_t low, int64_t high) {
+        for (int64_t key = low; key < high; key += TALL) {
+            const int64_t end = std::min(high, key + TALL);
+            const bool every = panel.sees_all(key, end);
+            for (int64_t g = 0; g < group; g++) {
+                panel.score(of.k, key, end, columns + g * width / 2 * V, scores);
+                panel.score(of.v, key, end, d_columns + g * width / 2 * V, d_shares);
+                for (int v = 0; v < V; v++) {
+                    const Vec log = load(stats + (g * V + v) * L) * FOLD, mean = load(stats + pitch + (g * V + v) * L);
+                    auto slope = [&](int64_t j) {
+                        if (key + j >= end) return Vec{};
+                        const int64_t at = (j * V + v) * L, to = j * pitch + (g * V + v) * L;
+                        Vec share = power_of_two(load(scores + at) * FOLD - log);
+                        if (!every) share = only(share, panel.seen(key + j, v), Vec{});
+                        const Vec out = share * (load(d_shares + at) - mean);
+                        store(shares + to, share), store(slopes + to, out);
+                        return out;
+                    };
+                    for (int64_t j = 0; j < end - key; j += 2) {
+                        const Vec even = slope(j);
+                        paired_slopes[(g * KEYS / 2 + (key - low + j) / 2) * V + v] = paired(even, slope(j + 1));
+                    }
+                }
+            }
             for (int side = 0; side < 2; side++) {
-                const Term term{side ? d_scores : shares, nullptr, pitch, 0, rows, 1, 0, 0};
-                const __m512i* panels = side ? q_depth : d_depth;
-                float* to = side ? dk : dv;
-                for (int64_t key = 0; key < high; key += TALL) {
-                    if (!whole.holds(key)) continue;
-                    const int64_t count = std::min(TALL, length - key);
-                    lay_rows(term, key, length, reinterpret_cast<__m256i*>(rooms[5]));
-                    const Rows from{rooms[5], 4, 4 * TALL, (rows + 1) / 2};
-                    for (int64_t part = 0; part < width / PART; part++)
-                        block_of<2>(count)(&from, 1, panels + part * ((rows + 1) / 2) * 2, 0,
-                                           Out{to + key * width + part * PART, width, PART, ADD, 1.0f, nullptr});
-                }
+                const Rows from{reinterpret_cast<const char*>(side ? shares : slopes), 2 * pitch, 4, depth};
+                float* to = work.sums + (side * work.length + key) * width;
+                for (int64_t part = 0; part < width / PART; part++)
+                    block_of<2>(end - key)(&from, 1, (side ? d_rows : rows) + part * depth * 2, 0,
+                                           Out{to + part * PART, width, PART, ADD, 1.0f, nullptr});
             }
         }
-    for (int64_t i = 0; i < length; i++)
-        for (int64_t j = 0; j < width; j += L) {
-            store(const_cast<bf16*>(work.key(of.dk)) + i * of.kv_stride + j, load(dk + i * width + j));
-            store(const_cast<bf16*>(work.key(of.dv)) + i * of.kv_stride + j, load(dv + i * width + j));
-        }
+        for (int64_t g = 0; g < group; g++)
+            panel.add(keys, low, high, paired_slopes + g * KEYS / 2 * V, sums + g * width * 16 * V);
+    });
+    Vec ones[V];
+    for (Vec& one : ones) one = all(1.0f);
+    for (int64_t g = 0; g < group; g++) panel.put(sums + g * width * 16 * V, ones, of.dq, g);
+}
+
+int64_t room_of(const Documents& of, bool back) {
+    const int64_t vectors = back ? of.group * (3 * of.width + KEYS / 2 + 2 + TALL) + 2 * TALL : 3 * of.width / 2 + KEYS / 2 + KEYS;
+    return 64 * MOST * vectors;
+}
+
+void run(const Work& work, bool back) {
+    const Documents& of = work.of;
+    const int64_t laid = of.width / TALL * ((work.length + 1) / 2) * 32;
+    char* room = Shelf<2>::of(laid + 64 + room_of(of, back));
+    __m256i* turned = reinterpret_cast<__m256i*>(room);
+    work.lay_turned(back ? of.k : of.v, turned);
+    room += (laid + 63) / 64 * 64;
+    if (back) std::fill(work.sums, work.sums + 2 * work.length * of.width, 0.0f);
+    for (int64_t first = work.part * SIDE; first < work.rows; first += work.parts * SIDE) {
+        const int64_t count = std::min(SIDE, work.rows - first);
+        if (count > 32)
+            (back ? attend_back<3> : attend<3>)(work, first, count, turned, room);
+        else if (count > 16)
+            (back ? attend_back<2> : attend<2>)(work, first, count, turned, room);
+        else
+            (back ? attend_back<1> : attend<1>)(work, first, count, turned, room);
+    }
 }
 
 #endif
@@ -225,11 +304,34 @@ void attend_back(const Work& work) {
 
 extern "C" void attend_documents(const Documents* documents, int64_t back, int threads) {
 #ifdef PAIRS
-    const int64_t items = documents->count * documents->keys;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t item = 0; item < items; item++) {
-        const int64_t* span = documents->spans + item / documents->keys * 2;
-        (back ? attend_back : attend)(Work{*documents, span[0], span[1], item % documents->keys});
+    const Documents& of = *documents;
+    const int64_t items = of.count * of.keys;
+    int64_t tokens = 0, parts = 1;
+    for (int64_t i = 0; i < of.count; i++) tokens += of.spans[4 * i + 1];
+    // Few long documents are shared by more threads than they have key heads.
+    while (parts < 4 && items * parts < 4 * threads && items * parts % threads) parts++;
+    const int64_t size = 2 * tokens * of.keys * of.width;  // all gradients of keys and values
+    float* sums = back ? reinterpret_cast<float*>(Shelf<3>::of(parts * size * 4)) : nullptr;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < items * parts; item++) {
+            const int64_t head = item / parts % of.keys, *span = of.spans + item / parts / of.keys * 4;
+            float* own = sums + item % parts * size + 2 * (span[0] * of.keys + head * span[1]) * of.width;
+            run(Work{of, span[0], span[1], span[2], span[3], head, item % parts, parts, own}, back);
+        }
+        if (back)
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < items; item++) {
+                const int64_t head = item % of.keys, *span = of.spans + item / of.keys * 4;
+                for (int64_t i = 0; i < 2 * span[1] * of.width; i += L) {
+                    const int64_t side = i / (span[1] * of.width), token = i / of.width % span[1];
+                    const float* own = sums + 2 * (span[0] * of.keys + head * span[1]) * of.width + i;
+                    Vec sum = load(own);
+                    for (int64_t part = 1; part < parts; part++) sum += load(own + part * size);
+                    store((side ? of.dv : of.dk) + (span[0] + token) * of.kv_stride + head * of.width + i % of.width, sum);
+                }
+            }
     }
 #endif
 }

@@ -3,6 +3,9 @@
 #pragma once
 #include "vectors.h"
 
+#include <type_traits>
+#include <utility>
+
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)
 #define PAIRS
 #endif
@@ -122,51 +125,79 @@ struct Out {
     const bf16* bias;
 };
 
+#define INLINED __attribute__((always_inline))
+
+template <class Each, int... I>
+INLINED inline void written_out(Each each, std::integer_sequence<int, I...>) {
+    (each(std::integral_constant<int, I>{}), ...);
+}
+
+// `each(i)` for i from 0 to N, written out before the compiler looks at it: in a loop GCC would carry the sums through memory.
+template <int N, class Each>
+INLINED inline void unrolled(Each each) {
+    written_out(each, std::make_integer_sequence<int, N>{});
+}
+
 template <int R, int V, int STEP>
-inline void multiply(const Rows& rows, const __m512i* panel, __m512 (&sums)[R][V]) {
+INLINED inline void multiply(const Rows& rows, const __m512i* panel, __m512 (&sums)[R * V]) {
     const char* at[R];
-    for (int r = 0; r < R; r++) at[r] = rows.at + r * rows.row;
-    for (int64_t k = 0, far = 0; k < rows.depth; k++, far += STEP) {
+    unrolled<R>([&](auto r) INLINED { at[r] = rows.at + r * rows.row; });
+    const int64_t depth = rows.depth;
+    for (int64_t k = 0, far = 0; k < depth; k++, far += STEP, panel += V) {
         __m512bh b[V];
-        for (int v = 0; v < V; v++) b[v] = as<__m512bh>(panel[k * V + v]);
-        for (int r = 0; r < R; r++) {
+        unrolled<V>([&](auto v) INLINED { b[v] = as<__m512bh>(panel[v]); });
+        unrolled<R>([&](auto r) INLINED {
             int32_t pair;
             std::memcpy(&pair, at[r] + far, 4);
             const __m512bh a = as<__m512bh>(_mm512_set1_epi32(pair));
-            for (int v = 0; v < V; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], a, b[v]);
-        }
+            unrolled<V>([&](auto v) INLINED { sums[r * V + v] = _mm512_dpbf16_ps(sums[r * V + v], a, b[v]); });
+        });
     }
+}
+
+// `each(i, place, seen)` for every vector of R rows, and which of its numbers are columns of c.
+template <int R, int V, class Each>
+INLINED inline void put(const Out& out, Each each) {
+    if (out.columns >= 16 * V)
+        return unrolled<R * V>([&](auto i) INLINED { each(i, i / V * out.stride + 16 * (i % V), __mmask16(~0)); });
+    unrolled<V>([&](auto v) INLINED {
+        const int64_t count = std::max<int64_t>(0, std::min<int64_t>(16, out.columns - 16 * v));
+        const __mmask16 seen = __mmask16((1u << count) - 1);
+        unrolled<R>([&](auto r) INLINED { each(r * V + v, r * out.stride + 16 * v, seen); });
+    });
 }
 
 // R rows of c.
 template <int R, int V>
 void block(const Rows* rows, int terms, const __m512i* panel, int64_t row, const Out& out) {
-    __m512 sums[R][V];
-    for (int v = 0; v < V; v++) {
+    __m512 sums[R * V];
+    unrolled<V>([&](auto v) INLINED {
         const int64_t count = std::min<int64_t>(16, out.columns - 16 * v);
         const Vec first = out.bias && count > 0 ? load(out.bias + 16 * v, count) : Vec{};
-        for (int r = 0; r < R; r++) sums[r][v] = as<__m512>(first);
-    }
+        unrolled<R>([&](auto r) INLINED { sums[r * V + v] = as<__m512>(first); });
+    });
     for (int t = 0; t < terms; panel += rows[t++].depth * V) {
         if (rows[t].step == 4)
             multiply<R, V, 4>(rows[t], panel, sums);
         else
             multiply<R, V, 4 * TALL>(rows[t], panel, sums);
     }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) {
-            const int64_t count = std::min<int64_t>(16, out.columns - 16 * v), place = (row + r) * out.stride + 16 * v;
-            if (count <= 0) break;
-            const __mmask16 seen = __mmask16((1u << count) - 1);
-            const __m512 sum = _mm512_mul_ps(sums[r][v], _mm512_set1_ps(out.scale));
-            float* wide = static_cast<float*>(out.c) + place;
-            if (out.kind == NARROW)
-                _mm256_mask_storeu_epi16(static_cast<bf16*>(out.c) + place, seen, as<__m256i>(_mm512_cvtneps_pbh(sum)));
-            else if (out.kind == WIDE)
-                _mm512_mask_storeu_ps(wide, seen, sum);
-            else
-                _mm512_mask_storeu_ps(wide, seen, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(seen, wide)));
-        }
+    if (out.scale != 1.0f) unrolled<R * V>([&](auto i) INLINED { sums[i] = _mm512_mul_ps(sums[i], _mm512_set1_ps(out.scale)); });
+    const int64_t start = row * out.stride;
+    if (out.kind == NARROW) {
+        bf16* to = static_cast<bf16*>(out.c) + start;
+        put<R, V>(out, [&](int i, int64_t place, __mmask16 seen) INLINED {
+            _mm256_mask_storeu_epi16(to + place, seen, as<__m256i>(_mm512_cvtneps_pbh(sums[i])));
+        });
+        return;
+    }
+    float* to = static_cast<float*>(out.c) + start;
+    if (out.kind == WIDE)
+        put<R, V>(out, [&](int i, int64_t place, __mmask16 seen) INLINED { _mm512_mask_storeu_ps(to + place, seen, sums[i]); });
+    else
+        put<R, V>(out, [&](int i, int64_t place, __mmask16 seen) INLINED {
+            _mm512_mask_storeu_ps(to + place, seen, _mm512_add_ps(sums[i], _mm512_maskz_loadu_ps(seen, to + place)));
+        });
 }
 
 using Block = void (*)(const Rows*, int, const __m512i*, int64_t, const Out&);
