@@ -22,7 +22,7 @@ GPU_TILE_BYTES = 256 << 20
 LEAST_ROWS, MOST_ROWS = 64, 256  # on a CPU: fewer would starve the matrix product (weights are read once a tile), more gain nothing
 ROUND = 32  # on a CPU the number of rows is made a multiple of this: every new one costs a kernel made for it
 VOCABULARY_STRIP = 8_192  # entries whose weight gradient is summed at a time
-DEEP = 4_096  # entries that are summed at a time in the gradient of the hidden rows by our own products: what they are laid out in fits a core's cache
+DEEP = 4_096  # entries that our own products sum at a time for the gradient of hidden rows: laid out they fit a core's cache
 STRIP_BYTES = 3 << 20  # of fp32 logits: what the softmax works on at a time stays in the cache of a core
 
 
