@@ -151,7 +151,7 @@ def _forward(
     """The signature of transformers' decoder layers; sampling and layers with dropout in their adapter go its own way."""
     if isinstance(tunesmith_layout, Feed) and self.tunesmith.ready is not None and position_embeddings is not None:
         return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
-    calls, name = self.tunesmith.copies.calls, (id(self), self.training)
+    calls, name = self.tunesmith.copies.calls, (id(self), self.training, torch.is_grad_enabled())
     if calls and name in calls and isinstance(tunesmith_layout, Layout) and past_key_values is None and position_embeddings is not None:
         return _train(self, hidden_states, calls[name], tunesmith_layout, position_embeddings, attention_mask)
     linears = None if tunesmith_layout is None or past_key_values is not None else _linears(self)
@@ -168,6 +168,8 @@ def _forward(
     if isinstance(tunesmith_layout, Feed):
         self.tunesmith.ready = _ready(self, linears)  # once for all calls until `forget_ready`
         return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
+    if not torch.is_grad_enabled():  # an adapter that has learned nothing yet, as before the first step, costs nothing
+        linears = {name: (base, factors if factors is not None and bool(factors.b.any()) else None) for name, (base, factors) in linears.items()}
     with torch.autocast("cpu", enabled=False):
         parts, parameters = _parts(self, linears)
     held = Held(parts, parameters)

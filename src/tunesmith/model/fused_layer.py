@@ -23,6 +23,7 @@ from tunesmith.model.layer_ops import (
     gate,
     gate_backward,
     input_gradient,
+    linear_added,
     linears,
     linears_backward,
     own_products,
@@ -110,13 +111,12 @@ def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Saved]:
     else:
         out, kept = attend_padded(q, k, v, plan.layout, plan.of.keys, plan.of.group, plan.window)
         attended = out.index_select(0, plan.layout.queries(plan.of.keys, plan.of.group).back).view(len(x), -1)
-    (o,), small2 = linears(attended, [layers["o_proj"]])
-    x = x + o
+    x, small2 = linear_added(attended, layers["o_proj"], x, in_place=False)
     h, unit2, inverse2 = rms_norm(x, plan.of.second_norm, plan.of.eps)
     (inner, up), small3 = linears(h, [layers["gate_proj"], layers["up_proj"]])
-    (down,), small4 = linears(gate(inner, up), [layers["down_proj"]])
+    x, small4 = linear_added(gate(inner, up), layers["down_proj"], x, in_place=True)
     saved = Saved(unit1, inverse1, small1, heads, q, k, v, kept, attended, small2, unit2, inverse2, small3, inner, up, small4)
-    return x.add_(down), saved
+    return x, saved
 
 
 def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor | None, dict[str, LinearGrads], list[Tensor | None]]:

@@ -135,6 +135,19 @@ def linears(x: Tensor, group: Sequence[Linear]) -> tuple[list[Tensor], Tensor | 
     return outs, small
 
 
+def linear_added(x: Tensor, layer: Linear, add: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
+    """`add` (wide) plus the layer's output, and the small product x A^T; in one pass where products are ours."""
+    if (fast := pairs([layer], x)) is None or add.dtype != torch.float32 or not add.is_contiguous():
+        (y,), small = linears(x, [layer])
+        return (add.add_(y) if in_place else add + y), small
+    terms, small = [(x, layer.factor, False, True)], None
+    if layer.a is not None and layer.b is not None:
+        small = fast.dense([(x, layer.a, False, True)], x.new_empty(len(x), len(layer.a)), native.NARROW)
+        terms.append((small, layer.b, False, True))
+    out = add if in_place else torch.empty_like(add)
+    return fast.dense(terms, out, native.ADDED, bias=layer.bias, before=add), small
+
+
 def linears_backward(
     dys: Sequence[Tensor], x: Tensor, small: Tensor | None, group: Sequence[Linear], need_x: bool
 ) -> tuple[Tensor | None, list[LinearGrads]]:

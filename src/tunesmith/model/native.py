@@ -92,7 +92,7 @@ class Kernels:
         self._dense = None
         if dtype == torch.bfloat16 and library["can_dense"]():
             self._dense = library["dense"]
-            self._dense.argtypes, self._dense.restype = [ctypes.c_char_p, *[_KINDS[kind] for kind in "NPNNNNFP"], ctypes.c_int], None
+            self._dense.argtypes, self._dense.restype = [ctypes.c_char_p, *[_KINDS[kind] for kind in "NPNNNNFPP"], ctypes.c_int], None
             self._attend = library["attend_documents"]
             self._attend.argtypes, self._attend.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
 
@@ -220,14 +220,18 @@ class Kernels:
         """Whether `dense` is there: the processor multiplies pairs of bf16, and has no matrix unit, which PyTorch uses well."""
         return self._dense is not None
 
-    def dense(self, terms: Sequence[Term], out: Tensor, kind: int, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
-        """out = scale * (bias + sum of a b over the terms), summed in fp32: NARROW in bf16, WIDE in fp32, or ADDED to an `out` in fp32.
+    def dense(
+        self, terms: Sequence[Term], out: Tensor, kind: int, scale: float = 1.0, bias: Tensor | None = None, before: Tensor | None = None
+    ) -> Tensor:
+        """out = scale * (bias + sum of a b over the terms), summed in fp32: NARROW in bf16, WIDE in fp32, or ADDED to `before` in fp32.
 
+        `before` has the shape and strides of `out`; None: what is in `out` itself.
         A term is (a, b, turned, of_weight): a [rows, depth], or where it is turned [depth, rows]; b [depth, columns], or as a weight
         [columns, depth], in bf16, or in fp32 and rounded to bf16 here. Numbers of a row lie side by side; an a that is not turned has an
         even depth, and so has a b as a weight.
         """
         assert self._dense is not None
+        assert before is None or before.stride() == out.stride()
         words: list[int] = []
         for a, b, turned, of_weight in terms:
             words += (
@@ -242,7 +246,7 @@ class Kernels:
             )
         self._dense(
             struct.pack(f"{len(words)}q", *words), len(terms), out.data_ptr(), out.stride(0), *out.shape, kind, scale, at(bias),
-            torch.get_num_threads(),
+            (out if before is None else before).data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -11,7 +11,7 @@ namespace {
 #ifdef PAIRS
 
 void sum_of_products(const Term* terms, int count, void* c, int64_t stride, int64_t rows, int64_t columns, Kind kind, float scale, const bf16* bias,
-           int threads) {
+                     const float* before, int threads) {
     int64_t deep = 0, turned = 0;
     for (int t = 0; t < count; t++) {
         const int64_t depth = (terms[t].depth + 1) / 2;
@@ -47,7 +47,7 @@ void sum_of_products(const Term* terms, int count, void* c, int64_t stride, int6
                     lay_panel(static_cast<const bf16*>(terms[t].b), terms[t], first, columns, vectors, place);
             }
             const int64_t bytes = kind == NARROW ? 2 : 4;
-            const Out out{static_cast<char*>(c) + first * bytes, stride, columns - first, kind, scale, bias ? bias + first : nullptr};
+            const Out out{static_cast<char*>(c) + first * bytes, stride, columns - first, kind, scale, bias ? bias + first : nullptr, before + first};
             for (int64_t row = begin; row < end;) {
                 const int64_t high = vectors == 1 && !turned && end - row >= SLIM ? SLIM : std::min(TALL, end - row);
                 Rows from[TERMS];
@@ -81,8 +81,8 @@ extern "C" int can_dense() {
 }
 
 extern "C" void dense(const Term* terms, int64_t count, void* c, int64_t stride, int64_t rows, int64_t columns, int64_t kind,
-                               float scale, const bf16* bias, int threads) {
+                      float scale, const bf16* bias, const float* before, int threads) {
 #ifdef PAIRS
-    sum_of_products(terms, int(count), c, stride, rows, columns, Kind(kind), scale, bias, threads);
+    sum_of_products(terms, int(count), c, stride, rows, columns, Kind(kind), scale, bias, before, threads);
 #endif
 }

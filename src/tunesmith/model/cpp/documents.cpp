@@ -108,14 +108,14 @@ struct Panel {
     // scores [keys, 16 * V] of the keys (or values) `key` to `end`, eight at most.
     void score(const bf16* of_all, int64_t key, int64_t end, const __m512i* columns, float* to) const {
         const Rows rows = work.keys(of_all, key);
-        block_of<V>(end - key)(&rows, 1, columns, 0, Out{to, 16 * V, 16 * V, WIDE, 1.0f, nullptr});
+        block_of<V>(end - key)(&rows, 1, columns, 0, Out{to, 16 * V, 16 * V, WIDE, 1.0f, nullptr, nullptr});
     }
 
     // sums [width, 16 * V] += keys or values that lie turned, from `key` to `end`, times shares [pairs of keys, 16 * V].
     void add(const __m256i* turned, int64_t key, int64_t end, const __m512i* shares, float* sums) const {
-        for (int64_t i = 0; i < work.of.width; i += TALL, turned += (work.length + 1) / 2) {
+        for (int64_t i = 0; i < work.of.width; i += TALL, turned += (work.length + 1) / 2, sums += TALL * 16 * V) {
             const Rows rows{reinterpret_cast<const char*>(turned + key / 2), 4, 4 * TALL, (end - key + 1) / 2};
-            block_of<V>(TALL)(&rows, 1, shares, 0, Out{sums + i * 16 * V, 16 * V, 16 * V, ADD, 1.0f, nullptr});
+            block_of<V>(TALL)(&rows, 1, shares, 0, Out{sums, 16 * V, 16 * V, ADD, 1.0f, nullptr, sums});
         }
     }
 
@@ -261,9 +261,8 @@ void attend_back(const Work& work, int64_t first, int64_t count, const __m256i* 
             for (int side = 0; side < 2; side++) {
                 const Rows from{reinterpret_cast<const char*>(side ? shares : slopes), 2 * pitch, 4, depth};
                 float* to = work.sums + (side * work.length + key) * width;
-                for (int64_t part = 0; part < width / PART; part++)
-                    block_of<2>(end - key)(&from, 1, (side ? d_rows : rows) + part * depth * 2, 0,
-                                           Out{to + part * PART, width, PART, ADD, 1.0f, nullptr});
+                for (int64_t part = 0; part < width / PART; part++, to += PART)
+                    block_of<2>(end - key)(&from, 1, (side ? d_rows : rows) + part * depth * 2, 0, Out{to, width, PART, ADD, 1.0f, nullptr, to});
             }
         }
         for (int64_t g = 0; g < group; g++)

@@ -20,7 +20,7 @@ struct Term {
     int64_t a_stride, b_stride, depth, turned, of_weight, wide;
 };
 
-enum Kind { NARROW, WIDE, ADD };  // c in bf16, in fp32, or added to what is there in fp32
+enum Kind { NARROW, WIDE, ADD };  // c in bf16, in fp32, or in fp32 with another matrix of its strides added, mostly itself
 
 #ifdef PAIRS
 
@@ -123,6 +123,7 @@ struct Out {
     Kind kind;
     float scale;
     const bf16* bias;
+    const float* before;  // what is added, from the place of c on
 };
 
 #define INLINED __attribute__((always_inline))
@@ -192,12 +193,14 @@ void block(const Rows* rows, int terms, const __m512i* panel, int64_t row, const
         return;
     }
     float* to = static_cast<float*>(out.c) + start;
-    if (out.kind == WIDE)
+    if (out.kind == WIDE) {
         put<R, V>(out, [&](int i, int64_t place, __mmask16 seen) INLINED { _mm512_mask_storeu_ps(to + place, seen, sums[i]); });
-    else
+    } else {
+        const float* before = out.before + start;
         put<R, V>(out, [&](int i, int64_t place, __mmask16 seen) INLINED {
-            _mm512_mask_storeu_ps(to + place, seen, _mm512_add_ps(sums[i], _mm512_maskz_loadu_ps(seen, to + place)));
+            _mm512_mask_storeu_ps(to + place, seen, _mm512_add_ps(sums[i], _mm512_maskz_loadu_ps(seen, before + place)));
         });
+    }
 }
 
 using Block = void (*)(const Rows*, int, const __m512i*, int64_t, const Out&);
