@@ -15,6 +15,7 @@ from tiny_models import make_batch, make_model, make_policy
 from torch import Tensor
 
 from tunesmith.model import head, native
+from tunesmith.model import layout as layouts
 from tunesmith.model.gradients import direct
 from tunesmith.model.head import HeadForm
 from tunesmith.model.layer_ops import Linear, LinearGrads, linears, linears_backward
@@ -58,6 +59,8 @@ def test_a_product_is_its_formula(rows: int, depth: int, columns: int) -> None:
     near(fast.dense([(x.t().contiguous(), weight.t().contiguous(), True, False)], wide, native.WIDE), truth, FP32)
     held = wide.fill_(3.0)
     near(fast.dense([(x, weight, False, True)], held, native.ADDED), truth + 3, FP32)
+    other = normal(rows, columns, seed=3, dtype=torch.float32)
+    near(fast.dense([(x, weight, False, True)], wide, native.ADDED, bias=bias, before=other), truth + bias.double() + other.double(), FP32)
     narrow = torch.empty(rows, columns, dtype=torch.bfloat16)
     near(fast.dense([(x, weight, False, True)], narrow, native.NARROW, 0.5, bias), (truth + bias.double()) / 2, BF16)
 
@@ -211,6 +214,71 @@ def test_attention_by_documents(lengths: list[int], trees: Any, keys: int, group
         near(ours[:real], right[:real], 3 * BF16)
         assert not ours[real:].any()
     assert not out[real:].any()
+
+
+@needs_pairs
+@pytest.mark.parametrize(("lengths", "trees", "keys", "group", "width", "window"), CASES)
+def test_attention_of_the_queries_that_are_read_alone(
+    lengths: list[int], trees: Any, keys: int, group: int, width: int, window: int
+) -> None:
+    """One in five; of the first of several documents none but its last."""
+    layout, fast = Layout(lengths, CPU, trees), kernels()
+    asked = [lengths[0] - 1, *range(lengths[0], layout.real, 5)] if len(lengths) > 1 else [*range(7, layout.real, 5)]
+    layout.only(torch.tensor(asked[::-1] + asked[:1]))
+    read = layout.read
+    assert read is not None
+    assert read.tolist() == asked
+    q = normal(layout.total, keys * group * width) * (2 * width**-0.5)
+    k, v = (normal(layout.total, keys * width, seed=seed) for seed in (1, 2))
+    some, dy = q[read], normal(len(read), q.shape[1], seed=3)
+    out, logs = fast.attend_documents(some, k, v, layout.read_documents, keys, window)
+    dq, dk, dv = fast.attend_documents(some, k, v, layout.read_documents, keys, window, (dy, out, logs))
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    truth = plainly(*leaves, layout, keys, window)[read]
+    near(out, truth.detach(), 2 * BF16)
+    right = torch.autograd.grad(truth, leaves, dy.double())
+    for mine, its in ((dq, right[0][read]), (dk, right[1]), (dv, right[2])):
+        near(mine, its, 3 * BF16)
+
+
+def test_all_tokens_are_done_where_nearly_all_are_read() -> None:
+    layout = Layout([64], CPU)
+    layout.only(torch.arange(50).repeat(2))
+    assert layout.read is not None
+    assert layout.read.tolist() == list(range(50))
+    layout.only(torch.arange(60))
+    assert layout.read is None
+
+
+@needs_pairs
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], ["k_proj"], None])
+def test_the_last_layer_does_what_is_read(targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and all gradients, norms and embeddings among them, with few tokens read, are those of a last layer that does all."""
+    batch = make_batch((90, 61, 40), weights=(0.0, 1.0))
+    batch.train[5:70] = 0
+    found, rows, attend = [], [], native.Kernels.attend_documents
+
+    def counted(fast: native.Kernels, q: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        rows.append(len(q))
+        return attend(fast, q, *others)
+
+    for most in (0.9, 0.0):
+        monkeypatch.setattr(layouts, "MOST_READ", most)
+        model = make_model("qwen3", dtype=torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+        if targets is not None:
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        policy = make_policy(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(native.Kernels, "attend_documents", counted)
+            logp = policy.score(batch).logp
+        (logp * torch.linspace(-1, 1, len(logp))).sum().backward()  # type: ignore[no-untyped-call]
+        found.append((logp.detach(), {n: p.grad.float() for n, p in policy.parameters_by_name().items() if p.grad is not None}))
+    assert rows[1] < rows[0] == rows[2] == rows[3]
+    (ours, grads), (whole, others) = found
+    assert float((ours - whole).abs().max()) <= 0.05 * float(whole.abs().max())
+    assert set(grads) == set(others)
+    for name, other in others.items():
+        assert float((grads[name] - other).norm()) <= 0.05 * float(other.norm()) + 1e-6, name
 
 
 @needs_pairs

@@ -187,15 +187,18 @@ def _train(
     with torch.autocast("cpu", enabled=False):
         whole = attention.head_dim == position_embeddings[0].shape[-1]  # or a part of each head is turned
         fast = by_documents(parts.dtype, attention.head_dim) if whole else None
+        read = layout.read if fused.last and fast is not None else None
         plan = Plan(
             of=parts,
             layout=layout,
             rotary=rotary_tables(
-                *position_embeddings, layout, parts.keys, parts.group, float(attention.scaling), parts.dtype, fast is not None
-            ),
+                *position_embeddings, layout, parts.keys, parts.group, float(attention.scaling), parts.dtype, fast is not None,
+                read,
+            ),  # fmt: skip
             window=window_of(marker, getattr(attention, "sliding_window", None), layout),
             recompute=fused.recompute,
             fast=fast,
+            read=read,
         )
         y = fused_layer(hidden_states[0].to(wide(parts.dtype)), plan, *held.parameters)
         # What follows the last layer (a norm, perhaps transformers' own head) finds the dtype that it knows.

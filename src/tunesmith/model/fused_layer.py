@@ -76,6 +76,7 @@ class Plan:
     window: int
     recompute: bool
     fast: native.Kernels | None = None  # attention by documents in a function of ours: rows stay in the order of tokens
+    read: Tensor | None = None  # with `fast`, in the last layer: the tokens whose output is read, in order; that of the others is 0
 
 
 @dataclass(slots=True)
@@ -85,6 +86,7 @@ class Saved:
     unit1: Tensor
     inverse1: Tensor
     small1: Tensor | None
+    query_small: Tensor | None
     heads: list[tuple[Tensor, Tensor]]
     q: Tensor
     k: Tensor
@@ -104,10 +106,16 @@ def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Saved]:
     """The layer's output [T, E] from its input [T, E], both wide."""
     layers = plan.of.linear
     h, unit1, inverse1 = rms_norm(x, plan.of.first_norm, plan.of.eps)
-    (query, key, value), small1 = linears(h, [layers["q_proj"], layers["k_proj"], layers["v_proj"]])
+    tokens, query_small = len(x), None
+    if plan.read is None:
+        (query, key, value), small1 = linears(h, [layers["q_proj"], layers["k_proj"], layers["v_proj"]])
+    else:
+        (key, value), small1 = linears(h, [layers["k_proj"], layers["v_proj"]])
+        (query,), query_small = linears(h.index_select(0, plan.read), [layers["q_proj"]])
+        x = x.index_select(0, plan.read)
     q, k, v, heads = _turned(query, key, value, plan)
     if plan.fast is not None:
-        attended, *kept = plan.fast.attend_documents(q, k, v, plan.layout.documents, plan.of.keys, plan.window)
+        attended, *kept = plan.fast.attend_documents(q, k, v, _documents(plan), plan.of.keys, plan.window)
     else:
         out, kept = attend_padded(q, k, v, plan.layout, plan.of.keys, plan.of.group, plan.window)
         attended = out.index_select(0, plan.layout.queries(plan.of.keys, plan.of.group).back).view(len(x), -1)
@@ -115,13 +123,15 @@ def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Saved]:
     h, unit2, inverse2 = rms_norm(x, plan.of.second_norm, plan.of.eps)
     (inner, up), small3 = linears(h, [layers["gate_proj"], layers["up_proj"]])
     x, small4 = linear_added(gate(inner, up), layers["down_proj"], x, in_place=True)
-    saved = Saved(unit1, inverse1, small1, heads, q, k, v, kept, attended, small2, unit2, inverse2, small3, inner, up, small4)
-    return x, saved
+    saved = Saved(unit1, inverse1, small1, query_small, heads, q, k, v, kept, attended, small2, unit2, inverse2, small3, inner, up, small4)
+    return (x if plan.read is None else _spread(x, plan.read, tokens)), saved
 
 
 def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor | None, dict[str, LinearGrads], list[Tensor | None]]:
     """Gradients with respect to the input (wide), the linear layers, and the norms (first, second, query's, key's)."""
     layers, grads = plan.of.linear, {}
+    if plan.read is not None:
+        dy = dy.index_select(0, plan.read)
     narrow = dy.to(plan.of.dtype)
     d_inner, d_up, grads["down_proj"] = _down_backward(narrow, saved, plan)
     h = saved.unit2 * plan.of.second_norm
@@ -134,14 +144,31 @@ def backward(dy: Tensor, plan: Plan, saved: Saved, need_x: bool) -> tuple[Tensor
     d_attended, (grads["o_proj"],) = linears_backward([narrow], saved.attended, saved.small2, [layers["o_proj"]], True)
     assert d_attended is not None
     d_query, d_key, d_value, d_heads = _attention_backward(d_attended, plan, saved)
-    h = saved.unit1 * plan.of.first_norm
-    dh, (grads["q_proj"], grads["k_proj"], grads["v_proj"]) = linears_backward(
-        [d_query, d_key, d_value], h, saved.small1, [layers["q_proj"], layers["k_proj"], layers["v_proj"]], need_x or plan.of.train_norms
-    )
+    h, need_h = saved.unit1 * plan.of.first_norm, need_x or plan.of.train_norms
+    if plan.read is None:
+        dh, (grads["q_proj"], grads["k_proj"], grads["v_proj"]) = linears_backward(
+            [d_query, d_key, d_value], h, saved.small1, [layers["q_proj"], layers["k_proj"], layers["v_proj"]], need_h
+        )
+    else:
+        dh, (grads["k_proj"], grads["v_proj"]) = linears_backward(
+            [d_key, d_value], h, saved.small1, [layers["k_proj"], layers["v_proj"]], need_h
+        )
+        some, (grads["q_proj"],) = linears_backward([d_query], h.index_select(0, plan.read), saved.query_small, [layers["q_proj"]], need_h)
+        if dh is not None and some is not None:
+            dh, dx = dh.index_add_(0, plan.read, some), _spread(dx, plan.read, len(dh))
     if dh is None:
         return None, grads, [None, d_norm2, *d_heads]
     dx1, d_norm1 = rms_norm_backward(dh, saved.unit1, saved.inverse1, plan.of.first_norm, plan.of.train_norms, dx)
     return dx1, grads, [d_norm1, d_norm2, *d_heads]
+
+
+def _documents(plan: Plan) -> tuple[Any, Any]:
+    return plan.layout.documents if plan.read is None else plan.layout.read_documents
+
+
+def _spread(rows: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """Those rows at their places, zeros elsewhere: [tokens, E]."""
+    return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, places, rows)
 
 
 def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor, LinearGrads]:
@@ -155,7 +182,7 @@ def _down_backward(dy: Tensor, saved: Saved, plan: Plan) -> tuple[Tensor, Tensor
 
 def _turned(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """Query, key and value [T, heads * D] turned by their positions: as padded rows [R, D], or as they were, for attention by documents."""
-    tokens, width = len(query), query.shape[1] // (plan.of.keys * plan.of.group)
+    width = query.shape[1] // (plan.of.keys * plan.of.group)
     rows, key_rows = plan.layout.queries(plan.of.keys, plan.of.group), plan.layout.keys(plan.of.keys)
     query, key, value = (t.view(-1, width) for t in (query, key, value))
     heads = []
@@ -164,14 +191,18 @@ def _turned(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tens
         key, *second = rms_norm(key.to(wide(plan.of.dtype)), plan.of.head_norms[1], plan.of.eps)
         heads = [(first[0], first[1]), (second[0], second[1])]
     if plan.fast is not None:
-        turned = (
-            plan.fast.turn(t, plan.layout.straight(len(t) // tokens), by) for t, by in ((query, plan.rotary.query), (key, plan.rotary.key))
-        )
-        q, k = (t.view(tokens, -1) for t in turned)
-        return q, k, value.view(tokens, -1), heads
+        q = _turn_straight(plan.fast, query, plan.layout, plan.of.keys * plan.of.group, plan.rotary.query)
+        k = _turn_straight(plan.fast, key, plan.layout, plan.of.keys, plan.rotary.key)
+        return q, k, value.view(len(k), -1), heads
     q = _turn(query, rows.to_padded, rows.swapped, plan.rotary.query)
     k = _turn(key, key_rows.to_padded, key_rows.swapped, plan.rotary.key)
     return q, k, value.index_select(0, key_rows.to_padded), heads
+
+
+def _turn_straight(fast: native.Kernels, rows: Tensor, layout: Layout, heads: int, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rows of heads turned where they are: [N, heads * D]."""
+    flat = rows.view(-1, tables[0].shape[1])
+    return fast.turn(flat, layout.straight(heads)[: len(flat)], tables).view(-1, heads * flat.shape[1])
 
 
 def _turn(rows: Tensor, index: Tensor, swapped: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -199,13 +230,13 @@ def _attention_backward(d: Tensor, plan: Plan, saved: Saved) -> tuple[Tensor, Te
 
 
 def _documents_backward(d: Tensor, plan: Plan, saved: Saved, fast: native.Kernels) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    tokens, back = len(d), (d, saved.attended, saved.kept[0])
-    dq, dk, dv = fast.attend_documents(saved.q, saved.k, saved.v, plan.layout.documents, plan.of.keys, plan.window, back)
-    heads = plan.of.keys * plan.of.group
-    dq = fast.turn(dq.view(tokens * heads, -1), plan.layout.straight(heads), plan.rotary.query_back)
-    dk = fast.turn(dk.view(tokens * plan.of.keys, -1), plan.layout.straight(plan.of.keys), plan.rotary.key_back)
-    dq, dk, d_heads = _head_norms_backward(dq, dk, plan, saved)
-    return dq.view(tokens, -1), dk.view(tokens, -1), dv, d_heads
+    back = (d, saved.attended, saved.kept[0])
+    dq, dk, dv = fast.attend_documents(saved.q, saved.k, saved.v, _documents(plan), plan.of.keys, plan.window, back)
+    dq = _turn_straight(fast, dq, plan.layout, plan.of.keys * plan.of.group, plan.rotary.query_back)
+    dk = _turn_straight(fast, dk, plan.layout, plan.of.keys, plan.rotary.key_back)
+    width = dv.shape[1] // plan.of.keys
+    dq, dk, d_heads = _head_norms_backward(dq.view(-1, width), dk.view(-1, width), plan, saved)
+    return dq.view(len(d), -1), dk.view(len(dv), -1), dv, d_heads
 
 
 def _head_norms_backward(dq: Tensor, dk: Tensor, plan: Plan, saved: Saved) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -224,28 +255,30 @@ def by_documents(dtype: torch.dtype, width: int) -> native.Kernels | None:
 
 
 def rotary_tables(
-    cos: Tensor, sin: Tensor, layout: Layout, keys: int, group: int, scale: float, dtype: torch.dtype, straight: bool = False
-) -> Rotary:
+    cos: Tensor, sin: Tensor, layout: Layout, keys: int, group: int, scale: float, dtype: torch.dtype, straight: bool = False,
+    read: Tensor | None = None,
+) -> Rotary:  # fmt: skip
     """The tables for this layout from transformers' cos and sin [1, T, D], worked out once for all layers that share them.
 
-    `straight`: for rows in the order of tokens instead of the padded one.
+    `straight`: for rows in the order of tokens instead of the padded one; then queries may be those of the tokens of `read` alone.
     """
-    name = ("rotary", cos.data_ptr(), sin.data_ptr(), keys, group, scale, dtype, straight)
+    name = ("rotary", cos.data_ptr(), sin.data_ptr(), keys, group, scale, dtype, straight, read is not None)
     if name not in layout.kept:
         held = (cos, sin)  # kept, so that no other tensor takes their address while it is a name
         rows, key_rows = layout.queries(keys, group), layout.keys(keys)
         cos, sin = cos[0].to(wide(dtype)), sin[0].to(wide(dtype))
         signed = torch.cat([-sin[:, : sin.shape[1] // 2], sin[:, sin.shape[1] // 2 :]], 1)
         tokens = torch.arange(layout.total, device=cos.device)
+        asked = (tokens if read is None else read).repeat_interleave(rows.heads)
 
         def pair(index: Tensor, sign: float, factor: float) -> tuple[Tensor, Tensor]:
             return (cos.index_select(0, index) * factor).to(dtype), (signed.index_select(0, index) * (sign * factor)).to(dtype)
 
         layout.kept[name] = (
             Rotary(
-                pair(tokens.repeat_interleave(rows.heads) if straight else rows.to_padded // rows.heads, 1, scale),
+                pair(asked if straight else rows.to_padded // rows.heads, 1, scale),
                 pair(tokens.repeat_interleave(keys) if straight else key_rows.to_padded // keys, 1, 1.0),
-                pair(tokens.repeat_interleave(rows.heads), -1, scale),
+                pair(asked, -1, scale),
                 pair(tokens.repeat_interleave(keys), -1, 1.0),
             ),
             held,

@@ -24,6 +24,7 @@ TAIL, OWN_TAIL = 64, 16  # on a CPU the number of tokens is made a multiple of t
 STEP = 16  # widths and heights are multiples of this
 BLOCK = 128  # query rows that are done at once: what lies right of a block of rows is never computed
 SPREAD = 0.25  # a document shorter than this part of a bucket's width opens a new bucket (its keys would be mostly filler)
+MOST_READ = 0.9  # where more of the tokens are read in the end than this part, the last layer does all
 FULL = 0.5  # documents whose rows fill less than this part of a block's height open a block of their own
 Ints = npt.NDArray[np.int64]
 
@@ -140,7 +141,22 @@ class Layout:
         self._queries: dict[tuple[int, int], HeadIndex] = {}
         self._keys: dict[int, HeadIndex] = {}
         self._seen: dict[tuple[int, int], Tensor] = {}
+        self.read: Tensor | None = None
         self.kept: dict[Any, Any] = {}  # what layers work out once for all of them, e.g. rotary tables
+
+    def only(self, places: Tensor) -> None:
+        """From here on nobody reads what the last layer says of other tokens than these: `read` [R] has them in order, None for all."""
+        read = torch.unique(places)
+        self.read = read if len(read) < MOST_READ * self.total else None
+
+    @functools.cached_property
+    def read_documents(self) -> tuple[Ints, npt.NDArray[np.int32]]:
+        """`documents` with the tokens of `read` as rows of queries."""
+        assert self.read is not None
+        spans, sight = self.documents
+        read = self.read.numpy()
+        edges = np.searchsorted(read, np.concatenate([spans[:, 0], [self.real]]))
+        return np.stack([spans[:, 0], spans[:, 1], edges[:-1], np.diff(edges)], 1), np.ascontiguousarray(sight[read])
 
     @functools.cached_property
     def documents(self) -> tuple[Ints, npt.NDArray[np.int32]]:

@@ -136,7 +136,7 @@ class Policy:
 
     def _logprobs(self, one: Pass, batch: Batch) -> Tensor:
         targets = send(batch.ids[one.index].astype(np.int64), self.device)
-        states = self.run(one)
+        states = self.run(one, whole=False)
         rows = states.reshape(-1, states.shape[-1]).index_select(0, one.rows)
         if self.head == "plain":
             return plain_logprobs(rows, targets)
@@ -146,15 +146,17 @@ class Policy:
         return token_logprobs(rows, output.weight, output.bias, targets, self.head_form, dtype, narrow)
 
     def _scores(self, one: Pass) -> Tensor:
-        states = self.run(one)
+        states = self.run(one, whole=False)
         rows = states.reshape(-1, states.shape[-1]).index_select(0, one.rows)
         head = self.causal.score
         with torch.autocast(self.device.type, enabled=False):
             scores: Tensor = head(rows.to(torch.promote_types(rows.dtype, torch.float32)))[:, 0]
         return scores
 
-    def run(self, one: Pass) -> Tensor:
-        """Hidden states [B, L, E] for the fast head, logits [B, L, V] for the plain one."""
+    def run(self, one: Pass, *, whole: bool = True) -> Tensor:
+        """Hidden states [B, L, E] for the fast head, logits [B, L, V] for the plain one; not `whole`: those of `one.rows` are enough."""
+        if not whole and one.layout is not None:
+            one.layout.only(one.rows)
         self._lengths = one.lengths
         masks = attention.packed_masks() if one.layout is not None else contextlib.nullcontext()
         try:
