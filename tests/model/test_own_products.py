@@ -246,6 +246,9 @@ def test_all_tokens_are_done_where_nearly_all_are_read() -> None:
     layout.only(torch.arange(50).repeat(2))
     assert layout.read is not None
     assert layout.read.tolist() == list(range(50))
+    with pytest.raises(ValueError, match="other tokens"):
+        layout.only(torch.arange(49))
+    layout = Layout([64], CPU)
     layout.only(torch.arange(60))
     assert layout.read is None
 

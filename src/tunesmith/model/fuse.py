@@ -169,7 +169,9 @@ def _forward(
         self.tunesmith.ready = _ready(self, linears)  # once for all calls until `forget_ready`
         return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
     if not torch.is_grad_enabled():  # an adapter that has learned nothing yet, as before the first step, costs nothing
-        linears = {name: (base, factors if factors is not None and bool(factors.b.any()) else None) for name, (base, factors) in linears.items()}
+        linears = {
+            name: (base, factors if factors is not None and bool(factors.b.any()) else None) for name, (base, factors) in linears.items()
+        }
     with torch.autocast("cpu", enabled=False):
         parts, parameters = _parts(self, linears)
     held = Held(parts, parameters)
@@ -192,9 +194,15 @@ def _train(
             of=parts,
             layout=layout,
             rotary=rotary_tables(
-                *position_embeddings, layout, parts.keys, parts.group, float(attention.scaling), parts.dtype, fast is not None,
+                *position_embeddings,
+                layout,
+                parts.keys,
+                parts.group,
+                float(attention.scaling),
+                parts.dtype,
+                fast is not None,
                 read,
-            ),  # fmt: skip
+            ),
             window=window_of(marker, getattr(attention, "sliding_window", None), layout),
             recompute=fused.recompute,
             fast=fast,

@@ -147,6 +147,8 @@ class Layout:
     def only(self, places: Tensor) -> None:
         """From here on nobody reads what the last layer says of other tokens than these: `read` [R] has them in order, None for all."""
         read = torch.unique(places)
+        if self.read is not None and not torch.equal(read, self.read):
+            raise ValueError("what layers have worked out for other tokens is kept")
         self.read = read if len(read) < MOST_READ * self.total else None
 
     @functools.cached_property

@@ -31,7 +31,8 @@ void sum_of_products(const Term* terms, int count, void* c, int64_t stride, int6
             if (!terms[t].turned) continue;
             const int64_t bytes = (terms[t].depth + 1) / 2 * 32;
 #pragma omp for schedule(static)
-            for (int64_t first = 0; first < rows; first += TALL) lay_rows(terms[t], first, rows, reinterpret_cast<__m256i*>(to + first / TALL * bytes));
+            for (int64_t first = 0; first < rows; first += TALL)
+                lay_rows(terms[t], first, rows, reinterpret_cast<__m256i*>(to + first / TALL * bytes));
             to += (rows + TALL - 1) / TALL * bytes;
         }
         __m512i* panel = reinterpret_cast<__m512i*>(Shelf<1>::of(deep * MOST * 64));
