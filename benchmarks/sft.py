@@ -33,7 +33,7 @@ def cases(work: Path, quick: bool, short: bool = False) -> dict[str, Case]:
     # Trained weights in fp32 on both sides; TRL with bf16 weights and optimizer rounds every update away below 1/256 and stands beside.
     full = replace(
         lora, name="full-135m", start="", lora=False, lr=2e-5, trl=grid((1, 2, 4), (over,)), beside=grid((1, 2, 4), ("bf16",)),
-        wanted=(2.0, 3.0),
+        ours=[{"micro_tokens": 384}, *micro], wanted=(2.0, 3.0),
     )  # fmt: skip
     pocket = Case(
         "pocket", "pocket", [str(work / "tickets.jsonl"), str(work / "text.jsonl")], str(work / "many-tickets.jsonl"), True, "fp32", 2e-3,

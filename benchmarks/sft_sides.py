@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,30 @@ def sft_config(folder: str, case: Case, batch: int, autocast: bool, optim: str) 
     )  # fmt: skip
 
 
+@contextmanager
+def named_functions() -> Iterator[None]:
+    """While open, torch.profiler sees our compiled functions, which it would take for time of their callers."""
+    import torch
+
+    from tunesmith.model.native import Kernels
+
+    def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*given: Any, **others: Any) -> Any:
+            with torch.profiler.record_function(name):
+                return function(*given, **others)
+
+        return call
+
+    plain = {name: f for name, f in vars(Kernels).items() if callable(f) and not name.startswith("_")}
+    for name, function in plain.items():
+        setattr(Kernels, name, named(function, f"compiled {name}"))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(Kernels, name, function)
+
+
 def profile(case: Case, setting: Setting) -> Result:
     """torch.profiler's table of one pass of ours, after another one to warm up."""
     import torch
@@ -274,7 +299,7 @@ def profile(case: Case, setting: Setting) -> Result:
             zero_gradients(policy)
 
     once()
-    with torch.profiler.profile() as profiler:
+    with named_functions(), torch.profiler.profile() as profiler:
         once()
     order = f"self_{device}_time_total"
     return {"table": profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=45)}

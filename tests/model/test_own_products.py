@@ -14,8 +14,9 @@ from processors import COMPILER, able
 from tiny_models import make_batch, make_model, make_policy
 from torch import Tensor
 
-from tunesmith.model import native
+from tunesmith.model import head, native
 from tunesmith.model.gradients import direct
+from tunesmith.model.head import HeadForm
 from tunesmith.model.layer_ops import Linear, LinearGrads, linears, linears_backward
 from tunesmith.model.layout import Layout
 
@@ -157,6 +158,32 @@ def plainly(q: Tensor, k: Tensor, v: Tensor, layout: Layout, keys: int, window: 
     return torch.stack(outs)
 
 
+@needs_pairs
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("form", [HeadForm(), HeadForm(0.5, 4.0)])
+def test_a_trained_head_is_read_as_it_is(form: HeadForm, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TILE_BYTES", 2 * 64 * 210), ("DEEP", 64), ("VOCABULARY_STRIP", 100)):
+        monkeypatch.setattr(head, name, value)  # several tiles and strips, the last ones short
+    weight, hidden = normal(210, 64, seed=1, dtype=torch.float32) / 8, normal(150, 64, dtype=torch.float32)
+    bias = normal(210, seed=2, dtype=torch.float32) if biased else None
+    held = [t.clone().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    targets, incoming = torch.arange(150) % 210, normal(150, seed=3, dtype=torch.float32)
+    assert head.reads(held[1], torch.bfloat16) is not None
+    exact = [t.to(torch.bfloat16).double().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    logits = (exact[0] @ exact[1].t() + (exact[2] if biased else 0)) * form.scale
+    if form.cap is not None:
+        logits = form.cap * (logits / form.cap).tanh()
+    truth = torch.log_softmax(logits, -1)[torch.arange(150), targets]
+    (truth * incoming.double()).sum().backward()
+    with direct():
+        for times in (1, 2):  # the second pass adds to the first one's gradients
+            ours = head.token_logprobs(held[0], held[1], held[2] if biased else None, targets, form, torch.bfloat16)
+            (ours * incoming).sum().backward()
+            near(ours.detach(), truth.detach(), BF16)
+            for mine, theirs in zip(held, exact, strict=True):
+                near(mine.grad / times, theirs.grad, 2 * BF16)
+
+
 CASES = [
     ([70, 33, 8, 1], {}, 2, 3, 64, 0),
     ([130, 100], {0: (60, [90, 111]), 1: (50, [70])}, 1, 2, 32, 0),
@@ -207,7 +234,7 @@ def test_a_whole_policy_agrees_with_pytorchs_operations(adapted: bool) -> None:
 
 GUARDED = """
 import ctypes, mmap, torch
-from tunesmith.model import native
+from tunesmith.model import head, native
 page, size = mmap.PAGESIZE, 40 * mmap.PAGESIZE
 held = mmap.mmap(-1, size + page)
 at = ctypes.addressof(ctypes.c_char.from_buffer(held))

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.model import gradients
-from tunesmith.model.layer_ops import compiled
+from tunesmith.model import gradients, native
+from tunesmith.model.layer_ops import compiled, own_products
 
 TILE_BYTES = 32 << 20  # of logits in the dtype of the products
 GPU_TILE_BYTES = 256 << 20
 LEAST_ROWS, MOST_ROWS = 64, 256  # on a CPU: fewer would starve the matrix product (weights are read once a tile), more gain nothing
 ROUND = 32  # on a CPU the number of rows is made a multiple of this: every new one costs a kernel made for it
 VOCABULARY_STRIP = 8_192  # entries whose weight gradient is summed at a time
+DEEP = 4_096  # entries that our own products sum at a time for the gradient of hidden rows: laid out they fit a core's cache
 STRIP_BYTES = 3 << 20  # of fp32 logits: what the softmax works on at a time stays in the cache of a core
 
 
@@ -38,7 +39,7 @@ def token_logprobs(
 ) -> Tensor:
     """log softmax(logits)[targets] as [K] in fp32 (fp64 for fp64 inputs), differentiable in hidden, weight and bias.
 
-    Products run in `dtype`; `narrow` is the weight in it, where the caller has it at hand.
+    Products run in `dtype`; `narrow` is the weight in it, where the caller has it at hand; not needed where `reads` says so.
     """
     rows, tail = len(targets), -len(targets) % ROUND if hidden.device.type == "cpu" else 0
     if tail:
@@ -55,6 +56,12 @@ def plain_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.log_softmax(wide, -1).gather(1, targets[:, None])[:, 0]
 
 
+def reads(weight: Tensor, dtype: torch.dtype) -> native.Kernels | None:
+    """The compiled functions, where their products take this fp32 weight as it is and no copy of it in `dtype` is made; else None."""
+    even = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and all(side % 2 == 0 for side in weight.shape)
+    return own_products(dtype) if even else None
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,12 +70,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         h, tile = hidden.to(dtype), _Tile(weight if narrow is None else narrow, bias, len(targets), form, dtype)
         logp = torch.empty(len(targets), dtype=tile.wide, device=h.device)
-        d_hidden = torch.empty_like(h) if need[0] else None
+        d_hidden = torch.empty_like(h, dtype=tile.back_dtype) if need[0] else None
         slopes = []
         for a, b in tile.spans:
             slope = tile.work(h[a:b], targets[a:b], logp[a:b], need[0] or need[1])
             if d_hidden is not None:
-                torch.mm(slope, tile.weight, out=d_hidden[a:b])
+                tile.back(slope, d_hidden[a:b])
             if need[1]:
                 slopes.append(slope)
                 tile.renew()
@@ -98,10 +105,14 @@ def _weight_gradients(ctx: Any, h: Tensor, g: Tensor) -> tuple[Tensor | None, Te
     dw = db = None
     if weight.requires_grad:
         weighted = [h[a:b] * g[a:b, None].to(h.dtype) for a, b in ctx.spans]
-        added = gradients.is_direct(weight)
+        added, fast = gradients.is_direct(weight), reads(weight, h.dtype)
         dw = gradients.room(weight) if added else torch.zeros_like(weight)
         for first in range(0, weight.shape[0], VOCABULARY_STRIP):
             strip = slice(first, first + VOCABULARY_STRIP)
+            if fast is not None:
+                for slope, rows in zip(slopes, weighted, strict=True):
+                    fast.dense([(slope[:, strip], rows, True, False)], dw[strip], native.ADDED)
+                continue
             total = (slopes[0][:, strip].t() @ weighted[0]).to(weight.dtype)
             for slope, rows in zip(slopes[1:], weighted[1:], strict=True):
                 total += slope[:, strip].t() @ rows
@@ -121,7 +132,9 @@ class _Tile:
     """Room for the logits of some rows, used again for every tile; the softmax runs in strips of it, in fp32 at least."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, form: HeadForm, dtype: torch.dtype) -> None:
-        self.weight, self.form = weight.to(dtype), form
+        self.form, self.fast = form, reads(weight, dtype)
+        self.weight = weight.to(dtype) if self.fast is None else weight.detach()
+        self.back_dtype = dtype if self.fast is None else torch.float32
         self.bias = None if bias is None else bias.to(dtype)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         width = weight.shape[0]
@@ -144,7 +157,9 @@ class _Tile:
     def work(self, h: Tensor, targets: Tensor, logp: Tensor, slope: bool) -> Tensor:
         """Write the log-probabilities of the targets for rows `h`; returns d logp / d (h @ weight.T + bias) where `slope` is wanted."""
         logits = self._logits[: len(h)]
-        if self.bias is None:
+        if self.fast is not None:
+            self.fast.dense([(h, self.weight, False, True)], logits, native.NARROW, 1.0, self.bias)
+        elif self.bias is None:
             torch.mm(h, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, h, self.weight.t(), out=logits)
@@ -156,6 +171,15 @@ class _Tile:
             b = min(a + self._strip, len(h))
             self._soften(logits[a:b], targets[a:b, None], logp[a:b], slope)
         return logits
+
+    def back(self, slope: Tensor, d_hidden: Tensor) -> None:
+        """Write slope @ weight, the gradient of the rows that `slope` was made from, in `back_dtype`."""
+        if self.fast is None:
+            torch.mm(slope, self.weight, out=d_hidden)
+            return
+        for first in range(0, len(self.weight), DEEP):
+            part = slice(first, first + DEEP)
+            self.fast.dense([(slope[:, part], self.weight[part], False, False)], d_hidden, native.ADDED if first else native.WIDE)
 
     def _soften(self, logits: Tensor, targets: Tensor, logp: Tensor, slope: bool) -> None:
         """One strip: log-probabilities, and in place of the logits one-hot minus softmax, through cap and scale."""

@@ -18,7 +18,7 @@ from tunesmith.core.types import Batch, Outputs
 from tunesmith.model import attention, fuse, gradients, memory, quant, reward
 from tunesmith.model.copies import Copies
 from tunesmith.model.forward import Pass, Sharing, passes
-from tunesmith.model.head import HeadForm, plain_logprobs, token_logprobs
+from tunesmith.model.head import HeadForm, plain_logprobs, reads, token_logprobs
 from tunesmith.model.layer_ops import own_products
 from tunesmith.model.layout import OWN_TAIL, TAIL, send
 from tunesmith.model.load import without_bars
@@ -142,7 +142,7 @@ class Policy:
             return plain_logprobs(rows, targets)
         output = self.causal.get_output_embeddings()
         dtype = self.dtype if self.autocast or self.layers == "fused" else rows.dtype
-        narrow = self.copies.of(output.weight, dtype)
+        narrow = None if reads(output.weight, dtype) is not None else self.copies.of(output.weight, dtype)
         return token_logprobs(rows, output.weight, output.bias, targets, self.head_form, dtype, narrow)
 
     def _scores(self, one: Pass) -> Tensor:
