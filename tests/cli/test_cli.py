@@ -85,6 +85,11 @@ def test_the_short_form_is_the_recipe_that_it_prints(capsys, rows, tmp_path):
     recipe = Recipe(**yaml.safe_load(out))
     assert recipe.model.adapter is not None
     assert recipe.data.train[0].path == str(rows)
+    # What the base takes is in it, so that it is a recipe that runs.
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(out)
+    assert recipe.tokens.max_length == 1024
+    assert run(capsys, "check", printed)[0] == 0
 
 
 def test_show_gives_one_piece_per_id_and_the_whole_text(capsys, rows):

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from terminal import Terminal
 
 from tunesmith.cli.main import main
+from tunesmith.evals import opening
+from tunesmith.evals.opening import Opened, open_model
 
 GREEDY = ("--greedy", "--max-new-tokens", "8")
 
@@ -90,3 +93,25 @@ def test_errors_name_the_row_and_what_to_do(capsys: pytest.CaptureFixture[str], 
     error = said(capsys, "--prompts", bad, *GREEDY)["error"]
     assert (error["code"], error["where"]) == ("unknown_adapter", f"{bad}:2")
     assert "--lora mine=FOLDER" in error["remedy"]
+
+
+@pytest.mark.parametrize("plain", [(), ("--plain",)])
+def test_a_row_that_the_model_has_no_number_for_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plain: tuple[str, ...]
+) -> None:
+    """A model that breaks at one token: its own file and line are named, and the engine has answered the rows before it."""
+
+    def broken(*names: Any, **settings: Any) -> Opened:
+        opened = open_model(*names, **settings)
+        [odd] = opened.tokenizer.encode("~", add_special_tokens=False)
+        embedding = opened.policy.causal.get_input_embeddings()
+        embedding.register_forward_hook(lambda _, given, found: found.masked_fill((given[0] == odd).unsqueeze(-1), torch.nan))
+        return opened
+
+    monkeypatch.setattr(opening, "open_model", broken)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Hello.", "Hi.", "Hello~.", "Hi.")))
+    assert main(["generate", "pocket", "--prompts", str(file), *GREEDY, *plain, "--json"]) == 2
+    *answers, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [row["prompt"] for row in answers] == ([] if plain else ["Hello.", "Hi."])  # the plain twin does all in one batch
+    assert (last["error"]["code"], last["error"]["where"]) == ("not_finite", f"{file}:3")

@@ -192,6 +192,19 @@ def test_another_template_than_the_models_is_refused(capsys, model, tmp_path, wr
     assert "ffffffffffff" in err
 
 
+def test_a_reward_model_that_is_trained_on_keeps_its_template(capsys, model, tmp_path, write):
+    changed = reward_model(model, tmp_path / "changed")
+    reward.write_card(changed, reward.RewardCard("last", "f" * 64, "named:llama3"))
+    words = ("--method", "reward", "--model", changed, "--data", write(PAIRS), "--out", tmp_path / "run")
+    for verb in ("check", "train"):
+        status, [said], _ = run(capsys, verb, *words, "--json")
+        problem = said["problems"][0] if verb == "check" else said["error"]
+        assert (status, problem["code"], problem["where"]) == (1 + (verb == "train"), "template_differs", "model.template")
+    status, _, err = run(capsys, "check", *words, "--template", "simple", "--json")
+    assert status == 0
+    assert "ffffffffffff" in err
+
+
 @pytest.mark.parametrize(("words", "code"), [(("pocket",), "no_score_head"), (("no/such/place/here",), "no_model")])
 def test_only_a_reward_model_scores(capsys, write, words, code):
     status, [said], _ = run(capsys, "score", *words, write(PAIRS), "--json")

@@ -176,7 +176,8 @@ def test_ctrl_c_before_the_first_step_ends_with_status_3_and_one_json_document(w
 
 def test_a_reader_who_goes_away_is_no_error():
     process = subprocess.run(
-        f"{sys.executable} -m tunesmith train --method sft --model pocket --data x --out y --print-recipe | true; exit ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m tunesmith train --method sft --model pocket --data x --out y --set tokens.max_length=9 "
+        "--print-recipe | true; exit ${PIPESTATUS[0]}",
         shell=True,
         executable="/bin/bash",
         capture_output=True,

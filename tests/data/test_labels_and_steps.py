@@ -89,6 +89,24 @@ def test_one_label_alone_teaches_nothing(write, tokenizer, wanted, verdict):
     assert "one_label" in codes(recipe(path), tokenizer, wanted)[0]
 
 
+@pytest.mark.parametrize(("values", "word"), [([True, True], "true"), ([0, 0], "false"), ([0.3, 0.3], "0.3")])
+def test_steps_of_one_label_alone_teach_nothing(write, tokenizer, values, word):
+    path = write("a.jsonl", [{"prompt": f"p{n}", "completions": ["b", "c"], "labels": values} for n in range(3)])
+    error = refusal(recipe(path), tokenizer, STEPS)
+    assert (error.code, error.where) == ("one_label", path)
+    assert f"all 6 steps have the label {word}" in error.message
+    assert "one_label" in codes(recipe(path), tokenizer, STEPS)[0]
+
+
+def test_a_file_of_steps_without_labels_or_marks_is_refused_for_that(write, tokenizer):
+    """Every row of it: none is left by which the format is known."""
+    steps = write("a.jsonl", [{"prompt": "a", "completions": ["b", "c"]}] * 2)
+    assert codes(recipe(steps), tokenizer, STEPS)[0] == ["label_missing", "label_missing", "no_rows"]
+    text = "How many? Step 1: 2 + 2 = 4\nStep 2: 4 + 1 = 6"
+    marked = write("b.jsonl", [{"input": text, "label": text}])
+    assert codes(recipe(marked), tokenizer, STEPS)[0] == ["step_marker_absent", "no_rows"]
+
+
 def test_a_missing_label_is_a_bad_row(write, tokenizer):
     path = write("a.jsonl", [*VERDICTS, {"prompt": "a", "completion": "b"}])
     assert codes(recipe(path), tokenizer, LABELS)[0] == ["label_missing"]

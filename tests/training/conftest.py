@@ -117,7 +117,7 @@ def wish(tree, tmp_path):
         made["objective"] = [objective(name)]
         made["data"] = {
             "train": str(write(tmp_path / f"{kind}.jsonl", kind, 24)),
-            "validation": str(write(tmp_path / "v.jsonl", kind, 6, 100)),
+            "validation": str(write(tmp_path / f"{kind}.valid.jsonl", kind, 6, 100)),
         }
         if "reference" in terms[0].needs:
             made["reference"] = {"cache": False}

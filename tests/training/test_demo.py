@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from tunesmith.demo import alignment
 from tunesmith.demo import quickstart as demo
+from tunesmith.pocket import answers, chains
 
 
 def test_the_demo_trains_evaluates_before_and_after_and_writes_a_report(tmp_path, monkeypatch):
@@ -23,14 +26,37 @@ def test_the_demo_trains_evaluates_before_and_after_and_writes_a_report(tmp_path
     demo.print_demo(result)
 
 
-def test_the_second_half_trains_and_measures_every_stage(tmp_path, monkeypatch):
-    for name, count in (("PAIRS", 32), ("RATED", 32), ("LABELS", 30), ("CHAINS", 32), ("TEST", 8)):
-        monkeypatch.setattr(alignment, name, count)
+def repeated(write, count, times):
+    """As `write`, but few rows many times: something to learn by heart."""
+    return lambda _, seed: write(count, seed) * times
+
+
+def labelled(rows):
+    """Each answer of the pairs alone, with whether it is the better one."""
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row in rows for side in ("chosen", "rejected")
+    ]
+
+
+def test_the_second_half_learns_what_it_is_measured_on(tmp_path, monkeypatch):
+    """Its held-out rows are its training rows here: every stage has to know them, and the saved model has to say what training said."""
+    pairs, sums = answers.preference_rows, chains.chain_rows
+    monkeypatch.setattr(answers, "preference_rows", repeated(pairs, 16, 4))
+    monkeypatch.setattr(answers, "held_out_rows", repeated(pairs, 16, 1))
+    monkeypatch.setattr(answers, "labelled_rows", repeated(lambda count, seed: labelled(pairs(count, seed)), 16, 4))
+    monkeypatch.setattr(chains, "chain_rows", repeated(sums, 16, 24))
+    monkeypatch.setattr(chains, "held_out_chains", repeated(sums, 16, 1))
     result = alignment.align(tmp_path / "demo")
-    assert [row["name"] for row in result["stages"]] == ["dpo", "ipo", "simpo", "orpo", "kto", "reward", "prm"]
-    for row in result["stages"]:
-        assert 0 <= row["low"] <= row["after"] <= row["high"] <= 1
-    assert {row["before"] for row in result["stages"] if row["name"] in ("dpo", "ipo", "kto")} == {0.5}
-    assert sum(one["n"] for one in result["calibration"]) == 8
-    assert json.loads((tmp_path / "demo/align/report.json").read_text())["scores"]
+    stages = {row["name"]: row for row in result["stages"]}
+    assert list(stages) == ["dpo", "ipo", "simpo", "orpo", "kto", "reward", "prm"]
+    for name, row in stages.items():
+        assert row["n"] == 16
+        assert row["before"] == 0.5 if name in ("dpo", "ipo", "kto") else row["before"] < 0.7, name
+        assert row["after"] >= row["before"] + 0.2, name
+        assert row["low"] < row["after"] <= row["high"], name
+    bins = result["calibration"]
+    assert sum(one["n"] for one in bins) == 16
+    assert sum(one["n"] * one["right"] for one in bins) / 16 == pytest.approx(stages["reward"]["after"])
+    scores = json.loads((tmp_path / "demo/align/report.json").read_text())["scores"]
+    assert [(one["task"], one["value"], one["base_value"]) for one in scores] == [(n, r["after"], r["before"]) for n, r in stages.items()]
     alignment.print_align(result)

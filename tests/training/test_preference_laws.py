@@ -1,28 +1,23 @@
 """The laws of training on preferences, labels, steps and rewards: every row of the objective table, all weights and LoRA."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import types
 
 import pytest
-import safetensors.torch
 import torch
 from judged import THROUGHOUT
 
 from tunesmith.core.load import build
-from tunesmith.core.recipe import Named
+from tunesmith.core.recipe import Fast, Named
 from tunesmith.data.pack import pack
 from tunesmith.data.prepare import prepare
 from tunesmith.model.build import build_policy
-from tunesmith.model.probe import settle_front
+from tunesmith.model.forward import Sharing, passes
+from tunesmith.model.policy import Policy
+from tunesmith.model.probe import settle, settle_front
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import OBJECTIVES, methods, wanted
 from tunesmith.training.parallel import Ranks
 from tunesmith.training.reference import References
-from tunesmith.training.run import train
-from tunesmith.training.sinks import JsonLines
 from tunesmith.training.step import Budget, Sums, _slopes, counts_of, gradient_step, validate, zero_gradients
 
 KINDS = ["full", "lora"]
@@ -65,6 +60,47 @@ def assert_same(found, truth, limit):
     assert gap <= limit * size
 
 
+def doubled(built, name, adapter):
+    """What `built` gives with the model in fp64, norms of transformers included, which round to fp32 otherwise."""
+    terms, rows, policy = built(name, adapter)
+    model = policy.model.double()
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = types.MethodType(exact_norm, module)
+    policy = Policy(model, torch.float64)
+    settle(policy, Fast())
+    policy.train_mode(True)
+    return terms, rows, policy
+
+
+def exact_norm(self, x):
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def shared_fronts(policy, rows, size):
+    """How many documents of a step hold rows that share a front."""
+    at = "at" if policy.scalar else "before"
+    batches = pack(rows, size, sharing=True)
+    return sum(len(one.layout.trees) for b in batches for one in passes(b, policy.device, "packed", at=at, sharing=policy.sharing))
+
+
+@pytest.mark.parametrize("adapter", KINDS)
+@pytest.mark.parametrize("name", [*ROWS, *THROUGHOUT])
+def test_a_shared_prompt_is_the_prompt_of_each_row(built, name, adapter):
+    """In fp64: loss, metrics and gradients, with the front of every group shared and with none, whether or not that saves work."""
+    terms, rows, policy = doubled(built, name, adapter)
+    grouped = len({row.group or row.key for row in rows}) < len(rows)
+    alone, expected = gradients(policy, rows, terms, 700)
+    settle_front(policy)
+    policy.sharing = Sharing(0, 1 << 40)
+    assert shared_fronts(policy, rows, 700) == (24 if grouped else 0)
+    found, slopes = gradients(policy, rows, terms, 700)
+    assert {value.dtype for value in slopes.values()} == {torch.float64}
+    assert found.loss == pytest.approx(alone.loss, abs=1e-10, rel=1e-10)
+    assert found.metrics == pytest.approx(alone.metrics, abs=1e-10, rel=1e-10)
+    assert_same(slopes, expected, 1e-10)
+
+
 @pytest.mark.parametrize("adapter", KINDS)
 @pytest.mark.parametrize("name", [*ROWS, *THROUGHOUT])
 def test_micro_batches_layouts_and_fronts_change_nothing(built, name, adapter):
@@ -89,77 +125,6 @@ def test_micro_batches_layouts_and_fronts_change_nothing(built, name, adapter):
     found, slopes = gradients(policy, rows, terms, 700)
     assert found.loss == pytest.approx(truth.loss, abs=2e-6, rel=1e-6)
     assert_same(slopes, expected, 1e-4)
-
-
-def result_of(settings):
-    run = Path(settings["run"]["out"])
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return safetensors.torch.load_file(run / "checkpoints/step-000006/weights.safetensors"), metrics
-
-
-@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "aot", "reward", "reward throughout", "prm"])
-@pytest.mark.parametrize("adapter", KINDS)
-def test_a_stopped_run_goes_on_bit_for_bit(wish, name, adapter, monkeypatch):
-    settings = {"steps": 6, "save_every": 2, "eval_every": 3, "neftune_alpha": 3.0}
-    whole, cut = (wish(name, adapter, out, **settings) for out in ("whole", "cut"))
-    train(whole)
-    once = JsonLines.write
-
-    def fail(self, step, values):
-        once(self, step, values)
-        if step == 3:
-            raise ConnectionError("the machine is gone")
-
-    monkeypatch.setattr(JsonLines, "write", fail)
-    with pytest.raises(ConnectionError):
-        train(cut)
-    monkeypatch.undo()
-    train(cut)
-    (left, before), (right, after) = result_of(whole), result_of(cut)
-    assert all(torch.equal(left[n], right[n]) for n in left)
-    names = ("step", "loss", "grad_norm", "eval/loss", "accuracy", "eval/accuracy")
-    assert [[row.get(n) for n in names] for row in before] == [[row.get(n) for n in names] for row in after]
-
-
-@pytest.mark.parametrize(
-    ("name", "adapter"),
-    [
-        ("dpo", "lora"),
-        ("kto", "lora"),
-        ("reward", "lora"),
-        ("reward throughout", "lora"),
-        ("aot", "full"),
-        ("bco", "full"),
-        ("prm", "lora"),
-    ],
-)
-def test_two_ranks_are_one(wish, name, adapter, tmp_path):
-    settings = {"steps": 6, "save_every": 0, "eval_every": 3}
-    one, two = wish(name, adapter, "one", **settings), wish(name, adapter, "two", micro_tokens=64, **settings)
-    train(one)
-    recipe = tmp_path / "two.json"
-    recipe.write_text(json.dumps(two))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "tunesmith",
-        "train",
-        str(recipe),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    (left, before), (right, after) = result_of(one), result_of(two)
-    assert any(not torch.equal(left[n], right[n]) for n in left)
-    for name_, value in left.items():
-        torch.testing.assert_close(right[name_], value, atol=5e-5, rtol=1e-3)
-    for a, b in zip(before, after, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        assert a.get("eval/loss") == pytest.approx(b.get("eval/loss"), abs=1e-4)
 
 
 def test_a_rank_without_rows_takes_part_in_a_whole_step_loss(built):

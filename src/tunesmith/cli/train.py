@@ -48,7 +48,9 @@ def train(
     log.set_up()
     loaded = load_words(recipe, sets or [], method=method, model=model, data=data, out=out, template=template)
     if print_recipe:
-        typer.echo("\n".join(dump_yaml(stage) for stage in loaded), nl=False)
+        from tunesmith.training.door import within_context  # torch: what the base takes is a part of what is run
+
+        typer.echo("\n".join(dump_yaml(within_context(stage)) for stage in loaded), nl=False)
         return
     from tunesmith.cli.imports import heavy_imports
 

@@ -38,6 +38,8 @@ def shapes(row: Row, kind: Kind | None = None) -> tuple[str, ...]:
     Where pairs or steps are wanted and there are none, a dialog with a score is labelled, which says best what it is.
     """
     names = tuple(name for name, looks_like in LOOKS_LIKE.items() if looks_like(row))
+    if kind == "steps" and not names and isinstance(row.get("completions"), list):
+        return ("steps",)  # without labels, which reading it says
     # A score beside a dialog is a remark to one objective and the label to another.
     asked = tuple(name for name in names if KINDS[name] == (kind or "dialogs"))
     return asked or tuple(name for name in names if KINDS[name] != "dialogs") or names

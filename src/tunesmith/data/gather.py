@@ -20,7 +20,7 @@ from tunesmith.data.dataset import Builder
 from tunesmith.data.detect import LOOK, WORDS, check_columns, detect, hold
 from tunesmith.data.formats import COLUMNS, FORMATS
 from tunesmith.data.formats.answers import behind, solution
-from tunesmith.data.labels import Labels
+from tunesmith.data.labels import Labels, StepLabels
 from tunesmith.data.ledger import Ledger, Part
 from tunesmith.data.notes import explain
 from tunesmith.data.partners import partners
@@ -168,6 +168,7 @@ class _Entry:
         self._contents: dict[Split, bytearray] = {"train": bytearray(), "validation": bytearray()}
         self._owners: dict[Split, array[int]] = {"train": array("q"), "validation": array("q")}  # place of the row's part in the ledger
         self._labels: dict[Split, Labels] = {"train": Labels(), "validation": Labels()}
+        self._steps = StepLabels()  # of the training rows
         self._held: list[str] = []  # keys of the validation rows
         self._prompts: dict[Split, list[tuple[int, str, Prompt]]] = {"train": [], "validation": []}
 
@@ -188,6 +189,8 @@ class _Entry:
                 self._owners[part.split].append(places[id(part)])
                 if self._wanted.kind == "labels":
                     self._labels[part.split].enter(outcome, part, places[id(part)])
+                elif self._wanted.kind == "steps" and part.split == "train":
+                    self._steps.enter(outcome)
                 self._use(part, key, outcome, chunk.source.weight)
                 assert isinstance(row, dict)
                 self._keep_prompt(part, chunk.format, row, key, outcome.content)
@@ -244,11 +247,10 @@ class _Entry:
             ledger.overlap += 1
             problem = Problem(self._held[place], "also_in_training", "this validation row is also trained on", "remove it from one side")
             ledger.parts[self._owners["validation"][place]].note("note", problem)
-        if self._wanted.kind == "labels":
-            try:
-                self._finish_labels(contents)
-            except DataError as error:
-                self._out.faults.append(error)
+        try:
+            self._finish_labels(contents)
+        except DataError as error:
+            self._out.faults.append(error)
         kept = self._prompts["validation"] or self._prompts["train"]
         self._out.prompts = [prompt for _, _, prompt in sorted(kept, key=lambda item: -item[0])]
         ledger.balance()
@@ -257,6 +259,7 @@ class _Entry:
         """The labels are counted, and each row gets its partner where the objective wants one."""
         parts = self._out.ledger.parts
         where = ", ".join(dict.fromkeys(part.source for part in parts))
+        self._steps.check(where)
         for labels in self._labels.values():
             labels.finish(parts)
         self._labels["train"].check(where)

@@ -1,8 +1,9 @@
-"""The account of labelled answers: how many are good, how many have a counterpart, and whether there is anything to learn from them."""
+"""The account of labels: how many answers are good, how many have a counterpart, and whether there is anything to learn from them."""
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 
 import numpy as np
 
@@ -44,10 +45,31 @@ class Labels:
     def check(self, where: str) -> None:
         """Raise DataError "one_label" when all rows have the same label."""
         if len(set(self._values)) == 1:
-            word = {1.0: "true", 0.0: "false"}.get(self._values[0], str(self._values[0]))
-            raise DataError(
-                f"all {len(self._values)} labelled answers have the label {word}, so there is nothing to tell apart",
-                where=where,
-                remedy="add answers with the other label; good answers alone are for objective nll",
-                code="one_label",
-            )
+            what = f"all {len(self._values)} labelled answers have the label {_word(self._values[0])}"
+            raise _one_label(what, where, "add answers with the other label; good answers alone are for objective nll")
+
+
+class StepLabels:
+    """The labels of the steps of one split."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[float] = Counter()
+
+    def enter(self, used: Used) -> None:
+        """One solution."""
+        for tokens in used.tokens:
+            self._counts.update(tokens.streams["value"][tokens.train != 0].tolist())
+
+    def check(self, where: str) -> None:
+        """Raise DataError "one_label" when all steps have the same label."""
+        if len(self._counts) == 1:
+            [(value, count)] = self._counts.items()
+            raise _one_label(f"all {count} steps have the label {_word(value)}", where, "add solutions with steps of the other label")
+
+
+def _word(value: float) -> str:
+    return {1.0: "true", 0.0: "false"}.get(value, f"{value:g}")
+
+
+def _one_label(what: str, where: str, remedy: str) -> DataError:
+    return DataError(f"{what}, so there is nothing to tell apart", where=where, remedy=remedy, code="one_label")

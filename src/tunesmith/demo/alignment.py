@@ -155,6 +155,7 @@ def measure(stage: Stage, result: dict[str, Any], files: dict[str, Path]) -> tup
     from tunesmith.data.prepare import prepare
     from tunesmith.evals.opening import open_model
     from tunesmith.evals.stats import share
+    from tunesmith.model.build import build_policy
     from tunesmith.objective import methods, wanted
 
     kind = stage if stage.name != "kto" else STAGES[0]  # labels are learned, and pairs are what shows it
@@ -165,21 +166,28 @@ def measure(stage: Stage, result: dict[str, Any], files: dict[str, Path]) -> tup
     if stage.data == "steps":
         return _first_slips(opened.policy, rows)
     if stage.name == "kto":
-        return 0.5, share(_preferred(opened.policy, rows)), []
+        fresh = build_policy(recipe.model, str(opened.policy.device), seed=0)
+        return float(np.mean(_preferred(fresh, rows))), share(_preferred(opened.policy, rows)), []
     n, start, end = len(rows) // 2, result["start"]["eval/accuracy"], result["metrics"]["eval/accuracy"]
     after = share([1.0] * round(end * n) + [0.0] * (n - round(end * n)))
     return start, after, _calibration(opened.policy, rows) if stage.name == "reward" else []
 
 
 def _preferred(policy: Policy, rows: Sequence[Tokens]) -> list[float]:
-    """For each pair, whether training has raised the chosen answer's log-probability by more than the rejected one's (ties one half)."""
+    """For each pair, whether training has raised the chosen answer's log-probability by more than the rejected one's.
+
+    One half where the difference may be rounding, as the objectives have it: a model before training prefers nothing.
+    """
     from tunesmith.evals.likelihood import row_sums
+    from tunesmith.objective.sequences import TIE
 
     tuned, _ = row_sums(policy, rows)
     with policy.adapter_disabled():
         base, _ = row_sums(policy, rows)
     gain = (base - tuned).reshape(-1, 2)  # sums of negative log-likelihoods, chosen and rejected in turn
-    return [float(np.sign(chosen - rejected) / 2 + 0.5) for chosen, rejected in gain.tolist()]
+    margin = gain[:, 0] - gain[:, 1]
+    margin[np.abs(margin) <= TIE * np.abs(tuned).reshape(-1, 2).max(1)] = 0
+    return [float(value) for value in np.sign(margin) / 2 + 0.5]
 
 
 def _scores(policy: Policy, rows: Sequence[Tokens]) -> list[list[float]]:

@@ -78,11 +78,7 @@ def _check_card(opened: Opened, kind: Kind, source: Source, *, named: bool) -> N
     card = reward.read_card(opened.folder)
     if card is None:
         return
-    differs = reward.template_differs(card, opened.template.source, opened.template.hash, source.path)
-    if differs is not None:
-        if not named:
-            raise differs
-        logger.warning("%s", differs.message)
+    reward.demand_template(card, opened.template.source, opened.template.hash, source.path, named=named)
     if (card.position == "steps") != (kind == "steps"):
         held = "labelled steps" if kind == "steps" else "whole answers"
         raise ModelError(

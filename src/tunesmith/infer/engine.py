@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from tunesmith.core.errors import ModelError, RecipeError
+from tunesmith.core.errors import RecipeError
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, check_settings, draw
-from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, room_for, worth_copying
+from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, not_finite, room_for, worth_copying
 from tunesmith.infer.sampler import context_limit
 from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.cached import Cache
@@ -203,7 +203,7 @@ class Engine:
         room = room_for(ids, settings.max_new_tokens, self.limit, where, vocabulary=self.policy.vocabulary, longest=self.policy.alone_from)
         if settings.adapter is not None:
             self.adapters.demand(settings.adapter)
-        request = Request(ids, settings, [None] * settings.n, live)
+        request = Request(ids, settings, [None] * settings.n, live, where)
         name, stops = content_hash(ids), frozenset((*self.stop_ids, *settings.stop_ids))
         rows = []
         for index in range(settings.n):
@@ -358,12 +358,7 @@ class Engine:
     def _take(self, row: Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
         """Give a row its token, and end the row where it ends."""
         if not math.isfinite(logprob):
-            row.request.error = ModelError(
-                f"what the model says after {len(row.ids)} tokens is not finite",
-                where="logits" if row.adapter is None else f"adapter {row.adapter}",
-                remedy="check the weights, or sample in fp32",
-                code="not_finite",
-            )
+            row.request.error = not_finite(len(row.ids), row.adapter, row.request.where)
             self.cancel(row.request)
             return
         row.ids.append(token)

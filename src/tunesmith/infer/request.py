@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tunesmith.core.errors import DataError, TunesmithError
+from tunesmith.core.errors import DataError, ModelError, TunesmithError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Completion
 from tunesmith.infer.draw import Asked
@@ -34,13 +34,14 @@ class Piece:
 class Request:
     """A prompt that is being answered, `settings.n` times: what has come so far, and the completions that are done (None: not yet).
 
-    `error`: why it ended before its time; its completions are then cancelled ones.
+    `where`: what errors call it. `error`: why it ended before its time; its completions are then cancelled ones.
     """
 
     prompt: tuple[int, ...]
     settings: SampleSettings
     completions: list[Completion | None]
     live: bool = False
+    where: str = "prompt"
     error: TunesmithError | None = None
     pieces: deque[Piece] = field(default_factory=deque)
 
@@ -124,6 +125,16 @@ def room_for(
             code="prompt_too_long",
         )
     return room
+
+
+def not_finite(tokens: int, adapter: str | None, where: str) -> ModelError:
+    """The error for NaN or infinity instead of a log-probability behind so many tokens of the request `where`."""
+    return ModelError(
+        f"what {'the model' if adapter is None else f'adapter {adapter}'} says after {tokens} tokens is not finite",
+        where=where,
+        remedy="check the weights, or sample in fp32",
+        code="not_finite",
+    )
 
 
 def common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, Drawn, check_settings, draw
-from tunesmith.infer.request import room_for
+from tunesmith.infer.request import not_finite, room_for
 from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.attention import NAME as OUR_ATTENTION
 from tunesmith.model.positions import alone_from
@@ -28,12 +29,13 @@ from tunesmith.model.virtual import front_of, ids_in_front, is_prefix
 
 @dataclass(frozen=True)
 class _Request:
-    """One completion to draw: where it goes, its prompt, its uniform numbers, and how many tokens it may take."""
+    """One completion to draw: where it goes, its prompt, its uniform numbers, how many tokens it may take, and what errors call it."""
 
     place: int
     ids: tuple[int, ...]
     uniform: np.ndarray[Any, np.dtype[np.float64]]
     room: int
+    where: str
 
 
 class TransformersSampler:
@@ -63,7 +65,8 @@ class TransformersSampler:
         """For every prompt (token ids, not empty), `settings.n` completions, in the order given.
 
         Near the model's context limit a completion gets the room that is left, and stops with "length".
-        Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings.
+        Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings; ModelError
+        `not_finite` when the model says NaN or infinity.
         """
         return list(self.answers(prompts, settings))
 
@@ -140,6 +143,8 @@ class TransformersSampler:
         kept = answer if end is None else answer[: end + 1]
         said = kept[:-1] if kept and kept[-1] in stops else kept
         text = growing.text if cut else continuation(self.tokenizer, request.ids, said).removeprefix(self.lead)
+        if (odd := next((place for place, value in enumerate(logp[: len(kept)]) if not math.isfinite(value)), None)) is not None:
+            raise not_finite(len(request.ids) + odd, None, request.where)
         tops = tuple(drawn.tops[row] for drawn in draws.drawn[: len(kept)]) if draws.settings.top_logprobs else ()
         return Completion(text, tuple(kept), tuple(logp[: len(kept)]), "length" if end is None else "stop", tops)
 
@@ -206,11 +211,12 @@ def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit:
     seen: Counter[tuple[int, ...]] = Counter()
     for number, prompt in enumerate(prompts):
         ids = tuple(int(token) for token in prompt)
-        room = room_for(ids, settings.max_new_tokens, limit, places[number] if places else f"prompt {number}")
+        where = places[number] if places else f"prompt {number}"
+        room = room_for(ids, settings.max_new_tokens, limit, where)
         name = content_hash(ids)
         for index in range(settings.n):
             numbers = stream(settings.seed, "sample", name, seen[ids], index).random(room)
-            out.append(_Request(len(out), ids, numbers, room))
+            out.append(_Request(len(out), ids, numbers, room, where))
         seen[ids] += 1
     return out
 

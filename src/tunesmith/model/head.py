@@ -78,7 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 tile.back(slope, d_hidden[a:b])
             if need[1]:
                 slopes.append(slope)
-                tile.renew()
+                tile.renew(len(targets) - b)
         ctx.trains, ctx.used = need[1], False
         ctx.slopes, ctx.spans, ctx.weight, ctx.bias, ctx.hidden_dtype = slopes, tile.spans, weight, bias, hidden.dtype
         ctx.save_for_backward(h if need[1] else None, d_hidden)
@@ -150,9 +150,9 @@ class _Tile:
         self._chance = torch.empty(self._strip, width, dtype=self.wide, device=weight.device)
         self._wide = self._chance if dtype == self.wide else torch.empty_like(self._chance)
 
-    def renew(self) -> None:
-        """Another room for logits, because the last one is kept."""
-        self._logits = torch.empty_like(self._logits)
+    def renew(self, left: int) -> None:
+        """Another room for logits, because the last one is kept; for the rows that are left, where they are fewer."""
+        self._logits = torch.empty_like(self._logits[:left])
 
     def work(self, h: Tensor, targets: Tensor, logp: Tensor, slope: bool) -> Tensor:
         """Write the log-probabilities of the targets for rows `h`; returns d logp / d (h @ weight.T + bias) where `slope` is wanted."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from tunesmith.core.errors import ModelError
 from tunesmith.core.files import read_json, write_json
+from tunesmith.core.log import logger
 from tunesmith.core.seed import seed_of
 from tunesmith.model.tokenizer import ADAPTER, demand_reachable
 
@@ -58,8 +59,20 @@ def read_card(folder: str | Path) -> RewardCard | None:
     return RewardCard(**{name: value for name, value in tree.items() if name != "rule"})
 
 
+def demand_template(card: RewardCard, source: str, found: str, where: str, *, named: bool) -> None:
+    """Raises ModelError "template_differs" when rows of the template of hash `found` are for a model that learned from another one.
+
+    A template that was `named` is a wish: then a line of the log says so.
+    """
+    if (differs := template_differs(card, source, found, where)) is None:
+        return
+    if not named:
+        raise differs
+    logger.warning("%s", differs.message)
+
+
 def template_differs(card: RewardCard, source: str, found: str, where: str) -> ModelError | None:
-    """The error when rows rendered with the template of hash `found` would be scored by a model that learned from another."""
+    """The error when rows rendered with the template of hash `found` would be read by a model that learned from another."""
     if card.template == found:
         return None
     return ModelError(

@@ -13,7 +13,8 @@ from tunesmith.core.errors import ModelError, RecipeError
 from tunesmith.core.load import Loaded
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe, Reference
-from tunesmith.model import float8, quant
+from tunesmith.data.template import ChatTemplate
+from tunesmith.model import float8, quant, reward
 from tunesmith.model.build import try_on
 from tunesmith.model.context import context_of
 from tunesmith.model.load import choose_device, choose_dtype
@@ -138,6 +139,13 @@ def within_context(loaded: Loaded, stand_in: Recipe | None = None) -> Loaded:
     logger.info("tokens.max_length is %d: the base takes no longer rows (default %d)", longest, recipe.tokens.max_length)
     tokens = recipe.tokens.model_copy(update={"max_length": longest})
     return replace(loaded, recipe=recipe.model_copy(update={"tokens": tokens}), origin={**loaded.origin, "tokens.max_length": "derived"})
+
+
+def demand_its_template(recipe: Recipe, template: ChatTemplate) -> None:
+    """A reward model that is trained on reads rows of the template that it learned from. Raises ModelError "template_differs"."""
+    if (card := reward.read_card(resolve(recipe.model.base))) is not None:
+        named = recipe.model.template != "auto"
+        reward.demand_template(card, template.source, template.hash, "model.template", named=named)
 
 
 def at_the_door(recipe: Recipe) -> None:

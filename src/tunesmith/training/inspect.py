@@ -68,6 +68,7 @@ def inspect(loaded: Loaded, stand_in: Recipe | None = None) -> dict[str, Any]:
             ledger = prepared.ledger
             derived = _derived(recipe, prepared)
             if stand_in is None:
+                door.demand_its_template(recipe, prepared.template)
                 _check_folder(recipe, base, prepared)
     except TunesmithError as error:
         if (error.code, error.where) not in refused:

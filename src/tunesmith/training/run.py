@@ -34,7 +34,7 @@ from tunesmith.objective import methods, wanted
 from tunesmith.training import finish
 from tunesmith.training import state as states
 from tunesmith.training.balance import balance
-from tunesmith.training.door import at_the_door, with_what_they_read, within_context
+from tunesmith.training.door import at_the_door, demand_its_template, with_what_they_read, within_context
 from tunesmith.training.lock import demand_free, hold
 from tunesmith.training.loop import Job, run_loop, stop_on_signal
 from tunesmith.training.optim import build_optimizer, peak_lr
@@ -151,6 +151,7 @@ def _prepare(recipe: Recipe, ranks: Ranks) -> tuple[Callable[[], Identity], Prep
     if not ranks.first:
         ranks.barrier()  # the first rank fills the cache, the others read it
     prepared = prepare(recipe, tokenizer, wanted=wanted(methods(recipe.objective)))
+    demand_its_template(recipe, prepared.template)
     if ranks.first:
         ranks.barrier()
         logger.info("%s", prepared.ledger.summary())

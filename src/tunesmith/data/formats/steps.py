@@ -25,7 +25,7 @@ def looks_like(row: Row) -> bool:
 def to_example(row: Row, key: str) -> Steps:
     """The solution of a row.
 
-    Raises DataError: "steps_and_labels", "no_steps", "empty_step", "bad_label", "step_marker_absent", "no_prompt".
+    Raises DataError: "steps_and_labels", "no_steps", "empty_step", "label_missing", "bad_label", "step_marker_absent", "no_prompt".
     """
     turns.refuse_media(row, key)
     if "completions" not in row and "input" in row:
@@ -48,10 +48,15 @@ def to_example(row: Row, key: str) -> Steps:
 
 def _is_marked(row: Row) -> bool:
     text, label = row.get("input"), row.get("label")
-    return isinstance(text, str) and isinstance(label, str) and (MARK in text or bool(_SIGNED.search(label)))
+    if not isinstance(text, str) or not isinstance(label, str):
+        return False
+    # Without marks and signs it is a row of this kind all the same, and is refused for what it lacks.
+    return MARK in text or bool(_SIGNED.search(label)) or bool(_FIRST.search(text) and _FIRST.search(label))
 
 
 def _read_lists(row: Row, key: str) -> tuple[object, list[str], list[float]]:
+    if row.get("labels") is None:
+        turns.fail(key, "labels", "label_missing", "the steps have no labels", "give each step one")
     lists = []
     for name in ("completions", "labels"):
         found = turns.from_json(turns.required(row, name, key), key, name)
@@ -59,11 +64,13 @@ def _read_lists(row: Row, key: str) -> tuple[object, list[str], list[float]]:
             turns.fail(key, name, "not_a_list", f"expected a list, got {str(found)[:80]!r}")
         lists.append(found)
     steps = [turns.string(step, key, f"completions[{place}]") for place, step in enumerate(lists[0])]
-    values = [
-        float(value) if isinstance(value, bool) else answers.number(value, key, f"labels[{place}]", "bad_label")
-        for place, value in enumerate(lists[1])
-    ]
-    return turns.required(row, "prompt", key), steps, values
+    return turns.required(row, "prompt", key), steps, [_value(value, key, place) for place, value in enumerate(lists[1])]
+
+
+def _value(label: object, key: str, place: int) -> float:
+    if label is None:
+        turns.fail(key, f"labels[{place}]", "label_missing", f"step {place + 1} has no label", "give it one, or remove the row")
+    return float(label) if isinstance(label, bool) else answers.number(label, key, f"labels[{place}]", "bad_label")
 
 
 def _read_marked(row: Row, key: str) -> tuple[object, list[str], list[float]]:
