@@ -19,8 +19,8 @@ NAMES = ("dpo-135m", "dpo-long-prompt", "reward-135m")
 PRECISIONS = ("fp32 under bf16 autocast", "bf16 under bf16 autocast", "bf16")
 
 
-def cases(work: Path, quick: bool) -> dict[str, Case]:
-    """The three cases of the table; `quick` leaves one setting a side."""
+def cases(work: Path, quick: bool, short: bool = False) -> dict[str, Case]:
+    """The three cases of the table; `short` leaves the settings that came near the best in records/, `quick` one a side."""
     micro: list[Setting] = [{"micro_tokens": size} for size in (512, 1_024, 2_048, 4_096)]
     apart: list[Setting] = [{"micro_tokens": 1_024, "fast": {"front": False}}]
     dpo = Case(
@@ -30,6 +30,8 @@ def cases(work: Path, quick: bool) -> dict[str, Case]:
     long = replace(dpo, name="dpo-long-prompt", data=str(work / "long-prompts.jsonl"), wanted=6.0)
     reward = replace(dpo, name="reward-135m", model=str(work / "scorer"), objective="reward", lr=1e-4, wanted=2.0)
     found = {case.name: case for case in (dpo, long, reward)}
+    if short:
+        found = {name: replace(case, ours=micro[1:3], trl=grid((1,), PRECISIONS[1:]), beside=[]) for name, case in found.items()}
     return {name: replace(case, ours=case.ours[1:2], trl=case.trl[:1], beside=[]) if quick else case for name, case in found.items()}
 
 
@@ -201,10 +203,13 @@ def table(case: Case, found: Result) -> None:
 
 def main() -> None:
     """Measure the chosen cases, print the tables, write the record."""
-    words = arguments(__doc__, "pairs in any of our formats; without: pairs of the bundled grammar", NAMES)
+    words = arguments(
+        __doc__, "pairs in any of our formats; without: pairs of the bundled grammar", NAMES,
+        ("--short", "only settings that came near the best of their side in the records"),
+    )  # fmt: skip
 
     def one(bench: Bench, name: str, built: Result) -> Result:
-        case = cases(bench.work, words.quick)[name]
+        case = cases(bench.work, words.quick, words.short)[name]
         found = measure(bench, case, built["work"], 1 if words.quick else words.runs)
         table(case, found)
         return found
