@@ -31,7 +31,7 @@ def cases(work: Path, quick: bool, short: bool = False) -> dict[str, Case]:
     reward = replace(dpo, name="reward-135m", model=str(work / "scorer"), objective="reward", lr=1e-4, wanted=2.0)
     found = {case.name: case for case in (dpo, long, reward)}
     if short:
-        found = {name: replace(case, ours=micro[1:3], trl=grid((1,), PRECISIONS[1:]), beside=[]) for name, case in found.items()}
+        found = {name: replace(case, ours=micro[2:], trl=grid((1,), PRECISIONS[1:]), beside=[]) for name, case in found.items()}
     return {name: replace(case, ours=case.ours[1:2], trl=case.trl[:1], beside=[]) if quick else case for name, case in found.items()}
 
 
