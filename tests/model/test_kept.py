@@ -190,3 +190,27 @@ def test_the_plain_way_of_next_tokens_reads_8_bits() -> None:
             query, key, value = whole[row]
             want = plainly(query[-1:], *(unpack(pack(part), torch.float32) for part in (key, value)), lengths[row], 0)
             assert (out[place : place + 1].double() - want).abs().max() < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 96])
+def test_rows_at_the_ends_of_their_range_in_8_bits(dtype: torch.dtype, width: int) -> None:
+    """Ties go to the even number, the largest magnitude may stand in any lane, and what is not finite shows wherever it stands."""
+    halves = torch.arange(width) - 40.5
+    rows = [torch.cat([halves[:-1], torch.tensor([127.0])]), torch.cat([torch.tensor([-127.0]), halves[1:]])]
+    rows += [torch.zeros(width), torch.full((width,), 1e-40), torch.full((width,), -torch.finfo(dtype).max)]
+    odd = [float("inf"), -float("inf"), float("nan"), -float("nan")]
+    for place in range(width):
+        rows += [torch.ones(width).index_fill(0, torch.tensor([place]), value) for value in (*odd, -254.0)]
+    numbers = torch.stack(rows).to(dtype)[:, None]
+    cache = Cache(int8=True)
+    cache.add(0, len(numbers))
+    Prompts(cache, [(0, [1] * len(numbers), 0)], CPU)._keep(0, numbers, numbers)
+    for kept in cache.take(0, len(numbers))[0]:
+        steps = kept[0, :, -4:].contiguous().view(torch.float32)[:, 0]
+        finite = numbers[:, 0].isfinite().all(1)
+        assert torch.equal(steps.isnan(), ~finite)
+        held = numbers[finite, 0].float()
+        assert torch.equal(steps[finite], (held.abs().amax(1) / 127).clamp_min(1e-12))
+        assert torch.equal(kept[0, finite, :-4].float(), (held / steps[finite, None]).round())

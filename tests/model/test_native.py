@@ -439,6 +439,29 @@ def test_sums_of_whole_numbers_are_exact(dtype: torch.dtype, int8: bool, inputs:
         assert torch.equal(way.run(x[:rows].to(dtype), native.WIDE), want[:rows].to(dtype).float()), f"{rows} rows"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_of_products_in_8_bits(dtype: torch.dtype) -> None:
+    """Both halves of a gated block, with biases, for numbers of rows that each way of multiplying takes."""
+    if not blocks(torch.int8):
+        pytest.skip("this processor has no product of blocks in this precision")
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randint(-127, 128, (96, 64), generator=generator).float() / 1024 for _ in range(2)]
+    biases = [normal(96, seed=9), normal(96, seed=10)]
+    x = torch.randint(-127, 128, (600, 64), generator=generator).float()
+    for weight in weights:
+        weight[:, 5] = 127 / 1024  # so that rounding to 8 bits changes nothing
+    x[:, 3] = 127
+    way = product(weights, biases, dtype, int8=True, gated=True)
+    assert isinstance(way, Blocked)
+    bias = torch.cat(biases).to(dtype).double()
+    want = (x.double() @ torch.cat(weights).double().t() + bias).float()
+    for rows in (1, 7, 8, 31, 32, 63, 64, 65, 128, 130, 600):
+        some = x[:rows].to(dtype)
+        near(way(some), want[:rows].to(dtype))
+        inner, up = way(some).chunk(2, 1)
+        near(way.run(some, native.ACTIVE), gate(inner.contiguous(), up.contiguous()))
+
+
 def alone(code: str, **environment: str) -> str:
     """What a fresh process prints."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True)

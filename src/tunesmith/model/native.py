@@ -171,7 +171,7 @@ class Kernels:
         lora: ctypes.Structure | None,
         places: Tensor | None,
     ) -> None:
-        """x W^T + bias for a Product of cpp/step.cpp from x [N, inputs] in T: NARROW [N, outputs] in T, WIDE the same in fp32.
+        """x W^T + bias for a Product of cpp/blocks.h from x [N, inputs] in T: NARROW [N, outputs] in T, WIDE the same in fp32.
 
         ACTIVE: silu(first half) * second half [N, outputs / 2] in T, of a gated one. `lora` and `places` [N]: the rows' adapters.
         """

@@ -19,7 +19,7 @@ from tunesmith.model import huge_pages, native
 Way = Callable[[Tensor], Tensor]
 _LINEAR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 _QLINEAR: Any = getattr(getattr(torch.ops.onednn, "qlinear_pointwise", None), "default", None)
-BLOCK = 64  # outputs of a block, as in cpp/step.cpp
+BLOCK = 64  # outputs of a block, as in cpp/blocks.h
 FEW = 64  # rows that the layout of a packed weight is chosen for
 
 
@@ -86,7 +86,7 @@ class Plain:
 
 
 class BlockedProduct(ctypes.Structure):
-    """What cpp/step.cpp calls a Product."""
+    """What cpp/blocks.h calls a Product."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("bias", ctypes.c_void_p),
@@ -99,7 +99,7 @@ class _Span(ctypes.Structure):
 
 
 class RowAdapters(ctypes.Structure):
-    """What cpp/step.cpp calls a Lora: the rows' adapters on one input."""
+    """What cpp/blocks.h calls a Lora: the rows' adapters on one input."""
 
     _fields_ = (("a", ctypes.c_void_p), ("ranks", ctypes.c_int64), ("spans", ctypes.c_int64), ("span", _Span * 3))
 

@@ -1,37 +1,10 @@
 // Products with weights in blocks, and all decoder layers of a sampling step in one go; the arithmetic of cached_layer.py.
 //
-// The products themselves are strips.h's on processors that have what it takes, else oneDNN's, through PyTorch's `brgemm`, whose
-// address native.py hands over: it multiplies rows by one block of weights. Everything around them happens to a block's outputs while they
-// are in the cache. native.py says what every field is.
+// Everything around the products happens to a block's outputs while they are in the cache (blocks.h). native.py says what every field is.
+#include "blocks.h"
 #include "heads.h"
-#include "prompts.h"
-#include "strips.h"
 
 namespace {
-
-constexpr int64_t B = 64;      // outputs of a block
-constexpr int64_t ROWS = 128;  // rows that are multiplied at once
-constexpr int64_t PARTS = 4;   // so often one after the other
-
-struct Product {
-    const void* weight;    // [blocks, inputs, B], in bf16 two inputs and in 8 bits four side by side; in strips [2 blocks, inputs, B / 2]
-    const float* scale;    // [outputs] of weights in 8 bits, otherwise null
-    const int32_t* shift;  // [outputs] 128 times the sum of an output's weights in 8 bits: inputs are stored with 128 added
-    const float* bias;     // [outputs] or null
-    int64_t outputs, inputs;
-    int64_t gated;  // whether half a block are outputs of the first half, and half those of the second
-};
-
-struct Span {
-    const void* b;  // [places, rank, columns]
-    int64_t first, rank, column, columns;
-};
-
-struct Lora {  // the rows' adapters on one input
-    const void* a;  // [places, ranks, inputs], null where there is none
-    int64_t ranks, spans;
-    Span span[3];
-};
 
 struct Layer {
     Product product[4];  // query, key and value; output; gate and up; down
@@ -50,164 +23,6 @@ struct Step {
     const int64_t* places;  // [rows] of each row's adapter, -1 where it has none
     float* x;               // [rows, hidden], changed in place
     int64_t depth, pool_count, rows, hidden, key_heads, group, width, longest, small, threads;  // small: keys and values in 8 bits
-};
-
-// What a product reads: rows in its own type, and of rows in 8 bits their steps.
-struct Input {
-    const void* data;
-    const float* scale;
-};
-
-struct Share {
-    int64_t begin, end;
-};
-
-// This thread's strips of a product; of a gated one both of a block go together.
-inline Share share(const Product& product) {
-    const int64_t together = product.gated ? 2 : 1, count = (product.outputs + B - 1) / B * 2 / together;
-    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    return {count * me / threads * together, count * (me + 1) / threads * together};
-}
-
-// The adapters' part of an output column: small [ranks] of this row times B.
-template <class T>
-inline Vec adapted(const Lora& lora, int64_t place, const float* small, int64_t column) {
-    Vec out{};
-    for (int64_t i = 0; i < lora.spans; i++) {
-        const Span& span = lora.span[i];
-        if (column < span.column || column >= span.column + span.columns) continue;
-        const T* b = static_cast<const T*>(span.b) + place * span.rank * span.columns + column - span.column;
-        for (int64_t r = 0; r < span.rank; r++) out += load(b + r * span.columns) * small[span.first + r];
-    }
-    return out;
-}
-
-// Whether such weights lie in strips of 32 outputs here.
-template <class T>
-bool by_strips(const Product& product) {
-    return (product.scale || sizeof(T) == 2) && in_strips(product.scale);
-}
-
-// Blocks of a product shared among the threads that are here, nobody waits for the others: out(row, column, values, how many of them count).
-// `next` is what this team multiplies after it, if that is known; `ahead` what is asked for meanwhile.
-template <class T, class Out>
-void multiply(const Product& product, Input input, int64_t rows, Multiply call, const Lora* lora, const int64_t* places, const float* small,
-              Out out, const Product* next = nullptr, Ahead* ahead = nullptr) {
-    alignas(64) float room[ROWS * B];
-    const int64_t k = product.inputs, half = product.outputs / 2, each_input = product.scale ? 1 : sizeof(T), size = B * k * each_input;
-    const int64_t parts = (rows + ROWS - 1) / ROWS;
-    const char *from = static_cast<const char*>(input.data), *weights = static_cast<const char*>(product.weight);
-    // What is done to outputs [count, begin to end] of a block, those of `count` rows from `first` on.
-    auto finish = [&](int64_t block, int64_t first, int64_t count, int64_t begin, int64_t end) {
-        for (int64_t r = 0; r < count; r++)
-            for (int64_t i = begin; i < end; i += L) {
-                int64_t column = block * B + i, left = product.outputs - column;
-                if (product.gated) column = block * B / 2 + (i < B / 2 ? i : half + i - B / 2), left = L;
-                if (left <= 0) break;
-                Vec value = load(room + r * B + i);
-                if (product.scale) {
-                    Ints whole, shift;
-                    std::memcpy(&whole, room + r * B + i, sizeof(whole));
-                    std::memcpy(&shift, product.shift + column, sizeof(shift));
-                    value = __builtin_convertvector(whole - shift, Vec) * load(product.scale + column) * input.scale[first + r];
-                }
-                if (product.bias) value += load(product.bias + column);
-                if (lora && lora->a && places[first + r] >= 0)
-                    value += adapted<T>(*lora, places[first + r], small + (first + r) * lora->ranks, column);
-                out(first + r, column, value, left);
-            }
-    };
-    // `work` for all blocks and parts of the rows, of which some stay in the cache while the weights pass by.
-    auto blocks_of = [&](auto work) {
-        const int64_t blocks = (product.outputs + B - 1) / B;
-        for (int64_t group = 0; group < parts; group += PARTS) {
-#pragma omp for schedule(static) collapse(2) nowait
-            for (int64_t block = 0; block < blocks; block++)
-                for (int64_t part = group; part < std::min(parts, group + PARTS); part++) {
-                    const int64_t first = part * ROWS, count = std::min(ROWS, rows - first);
-                    work(block, first, count);
-                    finish(block, first, count, 0, B);
-                }
-        }
-    };
-    if (rows > 0 && by_strips<T>(product)) {
-        auto strip_at = [](const Product& of, int64_t number, int64_t bytes) { return static_cast<const char*>(of.weight) + number * bytes; };
-        const int64_t stride = k * each_input, bytes = STRIP * stride;
-        const Strips strips(product.scale, rows);
-        if (rows <= FEW) {
-            const Share own = share(product);
-            for (int64_t number = own.begin; number < own.end; number++) {
-                const char* then = number + 1 < own.end ? strip_at(product, number + 1, bytes) : nullptr;
-                if (!then && next) then = strip_at(*next, share(*next).begin, STRIP * next->inputs * each_input);
-                strips(rows, from, stride, strip_at(product, number, bytes), room + number % 2 * STRIP, then, ahead);
-                if (!product.gated) finish(number / 2, 0, rows, number % 2 * STRIP, (number % 2 + 1) * STRIP);
-                else if (number % 2) finish(number / 2, 0, rows, 0, B);
-            }
-        } else {
-            blocks_of([&](int64_t block, int64_t first, int64_t count) {
-                for (int64_t side = 0; side < 2; side++)
-                    strips(count, from + first * stride, stride, strip_at(product, 2 * block + side, bytes), room + side * STRIP, nullptr);
-            });
-        }
-        return;
-    }
-    blocks_of([&](int64_t block, int64_t first, int64_t count) {
-        call(count, B, k, k, B, B, false, from + first * k * each_input, weights + block * size, room, product.scale || sizeof(T) == 2);
-    });
-}
-
-template <class T>
-inline void store_some(T* to, Vec value, int64_t count) {
-    if (count >= L)
-        store(to, value);
-    else
-        store(to, value, count);
-}
-
-// Up to sixteen numbers of x A^T, N of them known to be there.
-template <class T, int N>
-inline Vec shrink_some(const T* x, const T* a, int64_t inputs) {
-    Vec sums[L] = {};
-    for (int64_t i = 0; i < inputs; i += L) {
-        Vec value = load(x + i);
-        for (int j = 0; j < N; j++) sums[j] += value * load(a + j * inputs + i);
-    }
-    return sums_of(sums);
-}
-
-// x A^T of one row, rounded as a tensor would be.
-template <class T>
-void shrink(const T* x, const T* a, float* small, int64_t ranks, int64_t inputs) {
-    int64_t r = 0;
-    for (; r + L <= ranks; r += L) store(small + r, rounded<T>(shrink_some<T, L>(x, a + r * inputs, inputs)));
-    for (; r < ranks; r++) small[r] = wide(narrow<T>(shrink_some<T, 1>(x, a + r * inputs, inputs)[0]));
-}
-
-// What stands ready before a product: the row in 8 bits, and what its adapter makes of it first.
-template <class T>
-void prepare(const T* row, int64_t number, const Product& product, const Lora& lora, const int64_t* places, uint8_t* bytes, float* scale,
-             float* small) {
-    if (product.scale) scale[number] = quantise_row(row, bytes + number * product.inputs, product.inputs, 128);
-    if (lora.a && places[number] >= 0)
-        shrink(row, static_cast<const T*>(lora.a) + places[number] * lora.ranks * product.inputs, small + number * lora.ranks, lora.ranks,
-               product.inputs);
-}
-
-// silu(gate) * up [rows, inner] from the outputs of a gated block, whose first half are gates.
-template <class T>
-struct Gate {
-    T* out;
-    int64_t inner;
-    Vec active[B / 2 / L];
-
-    void operator()(int64_t row, int64_t column, Vec value, int64_t) {
-        value = rounded<T>(value);
-        Vec& kept = active[column % (B / 2) / L];
-        if (column < inner)
-            kept = rounded<T>(value * logistic(value));
-        else
-            store(out + row * inner + column - inner, kept * value);
-    }
 };
 
 template <class T, class C, int W>
@@ -327,21 +142,22 @@ void step(const Step& s) {
             multiply<T>(product, input, s.rows, s.multiply, &layer.lora[which], s.places, small, out, next, &ahead);
 #pragma omp barrier
         };
-        auto add = [&](int64_t row, int64_t column, Vec value, int64_t) {
-            float* x = s.x + row * s.hidden + column;
-            store(x, load(x) + rounded<T>(value));
+        auto add = [x = s.x, hidden = s.hidden](int64_t row, int64_t column, Vec value, int64_t) {
+            float* at = x + row * hidden + column;
+            store(at, load(at) + rounded<T>(value));
         };
+        auto join = [joined, joined_width](int64_t row, int64_t column, Vec value, int64_t) { store(joined + row * joined_width + column, value); };
         for (int64_t i = 0; i < s.depth; i++) {
             const Layer& layer = s.layers[i];
             norm_rows(layer.first_norm, layer.eps, layer.product[0], layer.lora[0]);
-            run(layer, 0, values, [&](int64_t row, int64_t column, Vec value, int64_t) { store(joined + row * joined_width + column, value); });
+            run(layer, 0, values, join);
             attention(s, layer, i, joined, values, own_scores);
 #pragma omp barrier
             ask_for_rows<T>(s, i + 1, ahead);
             prepare_rows(values, layer.product[1], layer.lora[1]);
             run(layer, 1, values, add);
             norm_rows(layer.second_norm, layer.eps, layer.product[2], layer.lora[2]);
-            run(layer, 2, values, Gate<T>{gated, inner, {}});
+            run(layer, 2, values, Gate<T>{gated, inner});
             prepare_rows(gated, layer.product[3], layer.lora[3]);
             run(layer, 3, gated, add);
         }
@@ -361,6 +177,7 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
     float *scale = room.take<float>(), *small = room.take<float>();
     const Input input = product.scale ? Input{bytes, scale} : Input{x, nullptr};
     T* narrow = static_cast<T*>(out);
+    const int64_t width = product.outputs;
 #pragma omp parallel num_threads(threads)
     {
         auto run = [&](auto out) { multiply<T>(product, input, rows, call, &lora, places, small, out); };
@@ -369,14 +186,14 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
             for (int64_t row = 0; row < rows; row++) prepare(x + row * product.inputs, row, product, lora, places, bytes, scale, small);
         }
         if (kind == NARROW) {
-            run([&](int64_t row, int64_t column, Vec value, int64_t left) { store_some(narrow + row * product.outputs + column, value, left); });
+            run([narrow, width](int64_t row, int64_t column, Vec value, int64_t left) { store_some(narrow + row * width + column, value, left); });
         } else if (kind == WIDE) {
             float* wide = static_cast<float*>(out);
-            run([&](int64_t row, int64_t column, Vec value, int64_t left) {
-                store_some(wide + row * product.outputs + column, rounded<T>(value), left);
+            run([wide, width](int64_t row, int64_t column, Vec value, int64_t left) {
+                store_some(wide + row * width + column, rounded<T>(value), left);
             });
         } else {
-            run(Gate<T>{narrow, product.outputs / 2, {}});
+            run(Gate<T>{narrow, product.outputs / 2});
         }
         release(true);
     }

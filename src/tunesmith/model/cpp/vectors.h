@@ -129,6 +129,9 @@ inline Vec rounded<bf16>(Vec value) {
 }
 
 inline float sum_of(Vec value) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps(as<__m512>(value));  // in the order of the lines below
+#endif
     float parts[L];
     store(parts, value);
     for (int step = L / 2; step; step /= 2)
@@ -137,6 +140,9 @@ inline float sum_of(Vec value) {
 }
 
 inline float most_of(Vec value) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(as<__m512>(value));
+#endif
     float parts[L];
     store(parts, value);
     return *std::max_element(parts, parts + L);
@@ -218,27 +224,35 @@ inline void turn_head(const T* from, const T* cos, const T* sin, T* to, int64_t 
     });
 }
 
-// A row to 8 bits with `zero` added; returns its step: the largest magnitude over 127, NaN for a row that is not finite.
+// The low eight bits of each.
+template <class Bytes>
+inline void store_low(Bytes* to, Ints value) {
+    typedef Bytes Small __attribute__((vector_size(L)));
+#ifdef __AVX512F__
+    const Small small = as<Small>(_mm512_cvtepi32_epi8(as<__m512i>(value)));  // GCC makes many instructions of the line below
+#else
+    const Small small = __builtin_convertvector(value, Small);
+#endif
+    std::memcpy(to, &small, L);
+}
+
+// A row of whole vectors to 8 bits with `zero` added; returns its step: the largest magnitude over 127, NaN for a row that is not finite.
 template <class T, class Bytes>
 float quantise_row(const T* from, Bytes* to, int64_t width, int zero) {
-    const float huge = std::numeric_limits<float>::max();
-    Vec most{};
-    Ints odd{};
-    each(width, [&](int64_t i, auto read, auto) {
-        Vec size = as<Vec>(as<Bits>(read(from + i)) & 0x7fffffff);
+    Ints most{};  // magnitudes as their bits, which lie as they do; those of infinity and NaN lie above all others
+    for (int64_t i = 0; i < width; i += L) {
+        const Ints size = as<Ints>(load(from + i)) & 0x7fffffff;
         most = size > most ? size : most;
-        odd |= ~(size <= huge);
-    });
-    bool finite = true;
-    for (int i = 0; i < L; i++) finite &= !odd[i];
-    const float step = std::max(most_of(most) / 127.0f, 1e-12f), times = finite ? 1.0f / step : 0.0f;
+    }
+    int32_t top = 0;
+    for (int i = 0; i < L; i++) top = std::max(top, most[i]);
+    float largest;
+    std::memcpy(&largest, &top, sizeof(largest));
+    const bool finite = top < 0x7f800000;
+    const float step = std::max(largest / 127.0f, 1e-12f), times = finite ? 1.0f / step : 0.0f;
     const Vec shift = all(12582912.0f);  // makes a number whole, to the nearest
-    typedef Bytes Small __attribute__((vector_size(L)));
-    each(width, [&](int64_t i, auto read, auto) {
-        Ints whole = as<Ints>(read(from + i) * times + shift) - as<Ints>(shift) + zero;
-        Small small = __builtin_convertvector(whole, Small);
-        std::memcpy(to + i, &small, std::min<int64_t>(L, width - i));
-    });
+    for (int64_t i = 0; i < width; i += L)
+        store_low(to + i, as<Ints>(load(from + i) * times + shift) - as<Ints>(shift) + zero);
     return finite ? step : std::numeric_limits<float>::quiet_NaN();  // 8 bits know no NaN
 }
 
