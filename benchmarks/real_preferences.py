@@ -50,11 +50,10 @@ def hhh_rows(path: Path) -> list[Row]:
     """{"prompt", "chosen", "rejected"} of every pair. Raises ValueError for a row of another layout."""
     found = []
     for number, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-        sides = [TASK.search(row[f"{side}_instruction"]) for side in SIDES]
-        if None in sides or sides[0]["prompt"] != sides[1]["prompt"]:  # type: ignore[index]
+        chosen, rejected = (TASK.search(row[f"{side}_instruction"]) for side in SIDES)
+        if chosen is None or rejected is None or chosen["prompt"] != rejected["prompt"]:
             raise ValueError(f"{path}, row {number}: no pair of answers to one instruction")
-        chosen, rejected = (side["answer"] for side in sides if side)
-        found.append({"prompt": sides[0]["prompt"], "chosen": chosen, "rejected": rejected})  # type: ignore[index]
+        found.append({"prompt": chosen["prompt"], "chosen": chosen["answer"], "rejected": rejected["answer"]})
     return found
 
 

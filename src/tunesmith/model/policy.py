@@ -155,7 +155,7 @@ class Policy:
 
     def run(self, one: Pass, *, whole: bool = True) -> Tensor:
         """Hidden states [B, L, E] for the fast head, logits [B, L, V] for the plain one; not `whole`: those of `one.rows` are enough."""
-        if not whole and one.layout is not None:
+        if not whole and one.layout is not None and self.device.type == "cpu":  # where layers read it; a GPU would have to be waited for
             one.layout.only(one.rows)
         self._lengths = one.lengths
         masks = attention.packed_masks() if one.layout is not None else contextlib.nullcontext()
