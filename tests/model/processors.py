@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from tunesmith.model import native
+from tunesmith.model import native, native_library
 
 COMPILER = shutil.which(os.environ.get("CXX") or "g++") is not None
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
@@ -17,7 +17,7 @@ BLOCKS = {torch.float32: "avx512f", torch.bfloat16: "avx512_bf16", torch.int8: "
 
 def able(*features: str) -> bool:
     """Whether the processor has one of these features, and oneDNN is not told to do without some."""
-    return "ONEDNN_MAX_CPU_ISA" not in os.environ and any(feature.encode() in native.processor().split() for feature in features)
+    return "ONEDNN_MAX_CPU_ISA" not in os.environ and any(feature.encode() in native_library.processor().split() for feature in features)
 
 
 def blocks(dtype: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ from tunesmith.core.types import content_hash
 
 
 class Fast(Section):
-    """Switches of the fast paths; each has a plain twin that gives the same numbers, `float8` coarser ones."""
+    """Switches of the fast paths; each has a plain twin that gives the same numbers, `float8` and `int8` coarser ones."""
 
     packed: bool = Field(True, description="lay documents end to end with attention per document; off: pad")
     head: bool = Field(True, description="log-probabilities without a logits tensor, trained positions only; off: the model's own logits")
@@ -28,6 +28,14 @@ class Fast(Section):
     front: bool = Field(True, description="rows of a pair share the prompt that they begin with; off: each goes through the model whole")
     compile: bool = Field(False, description="decoder layers through torch.compile, in place of `layer`; costs seconds to minutes at start")
     float8: bool = Field(False, description="products with the frozen base in float8 (Hopper GPUs, LoRA in bf16); changes the numbers")
+    int8: bool = Field(
+        False, description="products with the frozen base in 8 bits (CPUs with VNNI, fused layers, LoRA in bf16); changes the numbers"
+    )
+
+    @property
+    def coarse(self) -> str | None:
+        """Which of the switches that change the numbers is on."""
+        return "int8" if self.int8 else "float8" if self.float8 else None
 
 
 class Lisa(Section):
@@ -82,24 +90,31 @@ class Model(Section):
     def _a_quantised_base_is_frozen(self) -> Model:
         if self.quant and self.adapter is None:
             raise ValueError(f"quant: {self.quant} holds a frozen base: add an adapter, e.g. {{name: lora}}, or leave quant out")
-        if self.quant and (self.fast.float8 or self.init == "random"):
-            raise ValueError("quant goes with neither fast.float8 nor init: random")
+        if self.quant and (self.fast.coarse or self.init == "random"):
+            raise ValueError(f"quant goes with neither fast.{self.fast.coarse or 'float8'} nor init: random")
         return self
 
     @model_validator(mode="after")
     def _a_streamed_base_is_frozen(self) -> Model:
         if self.stream and self.adapter is None:
             raise ValueError("stream is for a frozen base: add an adapter, or leave it out")
-        if self.stream and (self.fast.compile or self.fast.float8):
-            raise ValueError("stream goes with neither fast.compile nor fast.float8")
+        if self.stream and (self.fast.compile or self.fast.coarse):
+            raise ValueError(f"stream goes with neither fast.compile nor fast.{self.fast.coarse or 'float8'}")
         return self
 
     @model_validator(mode="after")
-    def _float8_is_for_a_frozen_base(self) -> Model:
-        if self.fast.float8 and self.adapter is None:
-            raise ValueError("fast.float8 is for a frozen base: add an adapter, or switch it off")
-        if self.fast.float8 and self.dtype == "fp32":
-            raise ValueError("fast.float8 goes with bf16: set dtype: bf16, or switch it off")
+    def _8_bits_are_for_a_frozen_base(self) -> Model:
+        name, fast = self.fast.coarse, self.fast
+        if name and self.adapter is None:
+            raise ValueError(f"fast.{name} is for a frozen base: add an adapter, or switch it off")
+        if name and self.dtype == "fp32":
+            raise ValueError(f"fast.{name} goes with bf16: set dtype: bf16, or switch it off")
+        if fast.int8 and self.dtype == "auto":
+            raise ValueError("fast.int8 is for a CPU, where dtype: auto is fp32: set dtype: bf16, or switch it off")
+        if fast.int8 and (fast.float8 or fast.compile or not (fast.layer and fast.lora and fast.packed)):
+            raise ValueError(
+                "fast.int8 is for fused layers: leave fast.layer, lora and packed on, compile and float8 off, or switch it off"
+            )
         return self
 
 

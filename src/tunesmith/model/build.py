@@ -11,9 +11,9 @@ from tunesmith.core import recipe
 from tunesmith.core.errors import ModelError
 from tunesmith.core.log import logger
 from tunesmith.model import adapter as adapters
-from tunesmith.model import bottleneck, quant, reward
+from tunesmith.model import bottleneck, eight, quant, reward
 from tunesmith.model.allocator import keep_freed_memory
-from tunesmith.model.compile import settle_compiled, settle_float8
+from tunesmith.model.compile import settle_compiled, settle_float8, settle_int8
 from tunesmith.model.float8 import demand_device
 from tunesmith.model.freeze import freeze
 from tunesmith.model.load import choose_device, choose_dtype, load_base
@@ -34,6 +34,8 @@ def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bo
     spot = choose_device(device)
     if settings.fast.float8:
         demand_device(spot)
+    if settings.fast.int8:
+        eight.demand_products(spot)
     place = resolve(settings.base)
     below = adapter_base(place)
     target = spot
@@ -62,11 +64,12 @@ def build_policy(settings: recipe.Model, device: str, *, seed: int, training: bo
     policy = Policy(model, choose_dtype(settings.dtype, target))
     # Where both are asked for, compiling wins: a fused layer leaves nothing to compile.
     settle(policy, settings.fast.model_copy(update={"layer": settings.fast.layer and not settings.fast.compile}))
-    if settings.fast.float8 or settings.fast.compile:
-        if settings.fast.float8:
-            settle_float8(policy)
-        if settings.fast.compile:
-            settle_compiled(policy)
+    if settings.fast.float8:
+        settle_float8(policy)
+    if settings.fast.int8:
+        settle_int8(policy)
+    if settings.fast.compile:
+        settle_compiled(policy)
     if settings.adapter is not None and (stacked := [name for name, p in policy.causal.named_parameters() if p.dim() > 2]):
         policy.note(f"{len(stacked)} tensors that are no linear layers (experts, convolutions) get no adapter, e.g. {stacked[0]}")
     return policy

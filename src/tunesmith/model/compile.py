@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.errors import ModelError
 from tunesmith.core.log import logger
 from tunesmith.core.types import Batch, Segment
-from tunesmith.model import attention, float8, lora
+from tunesmith.model import attention, float8, fuse, lora
 from tunesmith.model.forward import passes
 from tunesmith.model.load import seeded
 from tunesmith.model.policy import Policy, checkpointing_layers
@@ -85,6 +86,25 @@ def settle_float8(policy: Policy) -> None:
         policy.note(f"products in bf16, not float8: {reason}")
         return
     policy.note(f"float8 products of the frozen base: scores differ by {difference:.1e} on the mean")
+
+
+def settle_int8(policy: Policy) -> None:
+    """Let the fused layers multiply in 8 bits and note how far the scores move.
+
+    Raises ModelError `no_int8` where no layer can, or where scores move further than such rounding explains.
+    """
+    reason = "no layer runs as one function (models of the Llama family, adapters of the LoRA kind)"
+    if policy.layers == "fused":
+        reason, difference = _try(policy, lambda: fuse.round_products(policy.model, True), (10.0, 0.3))
+    if reason:
+        fuse.round_products(policy.model, False)
+        raise ModelError(
+            f"products of training in 8 bits cannot be used: {reason}",
+            where="model.fast.int8",
+            remedy="set model.fast.int8: false",
+            code="no_int8",
+        )
+    policy.note(f"products with the frozen base in 8 bits: scores differ by {difference:.1e} on the mean")
 
 
 def _try(policy: Policy, change: Callable[[], int], limits: tuple[float, float]) -> tuple[str, float]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.model.eight import Eight
+
 
 class Copies:
     """Weights in the dtype of the products.
@@ -21,6 +23,7 @@ class Copies:
         self._steady = False
         self.calls: dict[object, Any] | None = None  # while nothing moves: what a call has made of the weights for the next one
         self._made: dict[int, tuple[Tensor, object, Tensor]] = {}
+        self._eights: dict[int, tuple[Tensor, object, Eight]] = {}
 
     def of(self, weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
         """`weight` times `factor` in `dtype`, the weight itself where that is the same."""
@@ -37,9 +40,17 @@ class Copies:
             self._made[id(weight)] = (weight, state, made)
         return made
 
+    def in_8_bits(self, weight: Tensor) -> Eight:
+        """A frozen `weight` in 8 bits, made once while its version stays."""
+        state, old = (weight._version, weight.data_ptr()), self._eights.get(id(weight))
+        if old is None or old[0] is not weight or old[1] != state:
+            old = self._eights[id(weight)] = (weight, state, Eight.of(weight))
+        return old[2]
+
     def drop(self) -> None:
         """Forget all copies: frozen weights have been trained in between, which their version does not tell."""
         self._made.clear()
+        self._eights.clear()
         self.calls = {} if self._steady else None
 
     @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import BugError
-from tunesmith.model import cached_layer, lora, quant
+from tunesmith.model import cached_layer, eight, lora, quant
 from tunesmith.model.attention import window_of
-from tunesmith.model.cached_layer import Part, Ready
+from tunesmith.model.cached_layer import Ready
 from tunesmith.model.copies import Copies
 from tunesmith.model.feed import Feed, NextTokens
 from tunesmith.model.fused_layer import PROJECTIONS, Parts, Plan, by_documents, fused_layer, rotary_tables
 from tunesmith.model.layer_ops import Linear, wide
 from tunesmith.model.layout import Layout
-from tunesmith.model.products import product
+from tunesmith.model.ready import Linears, ready_of
 from tunesmith.model.virtual import PREFIX
 from tunesmith.model.whole_step import WholeStep
 
@@ -40,8 +41,9 @@ class Held:
 class Fused:
     """What a fused layer carries: the dtype of its products, copies of weights in it, whether it is the last, whether it recomputes.
 
-    `path` names the layer in the model. For sampling: whether its products run in int8, what is made ready at its first call, and the
-    window that its masks told; the first of `layers` may hold what runs them all at once (False: nothing can).
+    `path` names the layer in the model. `rounded`: whether its products with frozen weights run in 8 bits in training. For sampling:
+    whether they do (`int8`), what is made ready at its first call, and the window that its masks told; the first of `layers` may hold
+    what runs them all at once (False: nothing can).
     """
 
     dtype: torch.dtype
@@ -49,6 +51,7 @@ class Fused:
     last: bool
     path: str = ""
     recompute: bool = False
+    rounded: bool = False
     int8: bool = False
     ready: Ready | None = None
     reach: int = 0
@@ -98,6 +101,37 @@ def recompute(model: nn.Module, count: int) -> None:
     """Let the first `count` fused layers work out their activations once more in the backward pass."""
     for i, layer in enumerate(fused_layers(model)):
         layer.tunesmith.recompute = i < count
+
+
+def round_products(model: nn.Module, on: bool) -> int:
+    """Let the fused layers multiply rows with frozen weights in 8 bits (see eight.py), or not; returns how many layers do."""
+    layers = fused_layers(model)
+    for layer in layers:
+        layer.tunesmith.rounded = on
+    return sum(all(_rounds(base) for base in map(_base, _projections(layer).values())) for layer in layers) if on else 0
+
+
+@contextlib.contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """Products of training without 8 bits while open."""
+    rounded = [layer for layer in fused_layers(model) if layer.tunesmith.rounded]
+    for layer in rounded:
+        layer.tunesmith.rounded = False
+    try:
+        yield
+    finally:
+        for layer in rounded:
+            layer.tunesmith.rounded = True
+
+
+def _base(module: Any) -> nn.Linear:
+    found: nn.Linear = module if _plain(module) else module.base_layer
+    return found
+
+
+def _rounds(base: nn.Linear) -> bool:
+    """Whether a layer's weight can be held in 8 bits for the products of training."""
+    return quant.kind_of(base) is None and not base.weight.requires_grad and eight.fits(base.weight)
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -151,7 +185,7 @@ def _forward(
     """The signature of transformers' decoder layers; sampling and layers with dropout in their adapter go its own way."""
     if isinstance(tunesmith_layout, Feed) and self.tunesmith.ready is not None and position_embeddings is not None:
         return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
-    calls, name = self.tunesmith.copies.calls, (id(self), self.training, torch.is_grad_enabled())
+    calls, name = self.tunesmith.copies.calls, (id(self), self.training, torch.is_grad_enabled(), self.tunesmith.rounded)
     if calls and name in calls and isinstance(tunesmith_layout, Layout) and past_key_values is None and position_embeddings is not None:
         return _train(self, hidden_states, calls[name], tunesmith_layout, position_embeddings, attention_mask)
     linears = None if tunesmith_layout is None or past_key_values is not None else _linears(self)
@@ -166,7 +200,7 @@ def _forward(
         )  # fmt: skip
         return out
     if isinstance(tunesmith_layout, Feed):
-        self.tunesmith.ready = _ready(self, linears)  # once for all calls until `forget_ready`
+        self.tunesmith.ready = ready_of(self, linears, _head_norms(self.self_attn))  # once for all calls until `forget_ready`
         return _sample(self, self.tunesmith.ready, tunesmith_layout, hidden_states, position_embeddings, attention_mask)
     if not torch.is_grad_enabled():  # an adapter that has learned nothing yet, as before the first step, costs nothing
         linears = {
@@ -278,56 +312,9 @@ def states(decoder: Any, feed: NextTokens) -> Tensor | None:
     return out
 
 
-def _ready(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> Ready:
-    attention, fused = layer.self_attn, layer.tunesmith
-    norms = [n.weight for n in (layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention))]
-    first, second, *heads = (fused.copies.of(weight, fused.dtype) for weight in norms)
-    parts = [_part(layer, group, linears) for group in cached_layer.GROUPS]
-    width = attention.head_dim
-    return Ready(
-        number=int(attention.layer_idx),
-        dtype=fused.dtype,
-        eps=layer.input_layernorm.variance_epsilon,
-        first_norm=first,
-        second_norm=second,
-        head_norms=(heads[0], heads[1]) if heads else None,
-        attention=parts[0],
-        output=parts[1],
-        inner=parts[2],
-        down=parts[3],
-        heads=linears["q_proj"][0].out_features // width,
-        keys=linears["k_proj"][0].out_features // width,
-        scale=float(attention.scaling),
-    )
-
-
-def _part(layer: Any, names: tuple[str, ...], linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> Part:
-    fused, chosen = layer.tunesmith, [linears[name] for name in names]
-    paths = [f"{fused.path}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for name in names]
-    spans = cached_layer.spans_of(paths, [base.out_features for base, _ in chosen])
-    biases = [None if base.bias is None else base.bias.detach() for base, _ in chosen]
-    if fused.int8 or all(quant.kind_of(base) is None for base, _ in chosen):
-        held = [quant.weight_of(base, fused.dtype).detach() for base, _ in chosen]
-        way = product(held, biases, fused.dtype, int8=fused.int8, gated=names == ("gate_proj", "up_proj"))
-    else:  # unpacked in every call: slower than a dense copy, which would take the memory that the base was quantised to save
-        way = partial(_unpacking, [base for base, _ in chosen], biases, fused.dtype)
-    adapted = [(span, factors) for span, (_, factors) in zip(spans.values(), chosen, strict=True) if factors is not None]
-    if not adapted:
-        return Part(spans, way)
-    of = fused.copies.of
-    ranks = cached_layer.spans_of([str(i) for i in range(len(adapted))], [len(factors.a) for _, factors in adapted])
-    turned = [of(factors.b, fused.dtype, factors.scale).t().contiguous() for _, factors in adapted]
-    seconds = tuple((span, rank, b) for (span, _), rank, b in zip(adapted, ranks.values(), turned, strict=True))
-    return Part(spans, way, torch.cat([of(factors.a, fused.dtype) for _, factors in adapted]), seconds)
-
-
-def _unpacking(bases: list[Any], biases: Sequence[Tensor | None], dtype: torch.dtype, x: Tensor) -> Tensor:
-    return product([quant.weight_of(base, dtype) for base in bases], biases, dtype, packed=False)(x)
-
-
-def _linears(layer: Any) -> dict[str, tuple[nn.Linear, lora.Factors | None]] | None:
+def _linears(layer: Any) -> Linears | None:
     """Each projection with its adapter (None: none, or switched off); None when one of them must go PEFT's way in this call."""
-    found: dict[str, tuple[nn.Linear, lora.Factors | None]] = {}
+    found: Linears = {}
     for name, module in _projections(layer).items():
         if _plain(module):
             found[name] = module, None
@@ -338,11 +325,13 @@ def _linears(layer: Any) -> dict[str, tuple[nn.Linear, lora.Factors | None]] | N
     return found
 
 
-def _parts(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]) -> tuple[Parts, list[Tensor | None]]:
+def _parts(layer: Any, linears: Linears) -> tuple[Parts, list[Tensor | None]]:
     """What the function reads, in the dtype of the products, and the parameters whose gradients it returns, in its order."""
     attention, fused = layer.self_attn, layer.tunesmith
     norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *(n.weight for n in _head_norms(attention))]
     first, second, *heads = (fused.copies.of(weight, fused.dtype) for weight in norms)
+    # All or none: the gradients of layers on the same input are rounded together.
+    in_8_bits = fused.rounded and all(_rounds(base) for base, _ in linears.values())
     parts = Parts(
         dtype=fused.dtype,
         keys=linears["k_proj"][0].out_features // attention.head_dim,
@@ -351,7 +340,7 @@ def _parts(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]
         first_norm=first,
         second_norm=second,
         head_norms=(heads[0], heads[1]) if heads else None,
-        linear={name: _linear(base, factors, fused) for name, (base, factors) in linears.items()},
+        linear={name: _linear(base, factors, fused, in_8_bits) for name, (base, factors) in linears.items()},
         train_norms=any(norm.requires_grad for norm in norms),
     )
     parameters: list[Tensor | None] = [*norms, *[None] * (4 - len(norms))]
@@ -360,7 +349,7 @@ def _parts(layer: Any, linears: dict[str, tuple[nn.Linear, lora.Factors | None]]
     return parts, parameters
 
 
-def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Linear:
+def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused, in_8_bits: bool) -> Linear:
     of, dtype = fused.copies.of, fused.dtype
     held: Tensor | Callable[[], Tensor] = partial(quant.weight_of, base, dtype)
     if quant.kind_of(base) is None:
@@ -375,4 +364,5 @@ def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Line
         need_weight=base.weight.requires_grad,
         need_bias=base.bias is not None and base.bias.requires_grad,
         own=base.weight if quant.kind_of(base) is None else None,
+        eight=fused.copies.in_8_bits(base.weight) if in_8_bits else None,
     )

@@ -57,9 +57,9 @@ def plain_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def reads(weight: Tensor, dtype: torch.dtype) -> native.Kernels | None:
-    """The compiled functions, where their products take this fp32 weight as it is and no copy of it in `dtype` is made; else None."""
-    even = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and all(side % 2 == 0 for side in weight.shape)
-    return own_products(dtype) if even else None
+    """The compiled functions, where their products take this weight as it is and no copy of it in `dtype` is made; else None."""
+    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.is_cpu and weight.is_contiguous()
+    return own_products(dtype) if known and all(side % 2 == 0 for side in weight.shape) else None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -105,7 +105,7 @@ def _weight_gradients(ctx: Any, h: Tensor, g: Tensor) -> tuple[Tensor | None, Te
     dw = db = None
     if weight.requires_grad:
         weighted = [h[a:b] * g[a:b, None].to(h.dtype) for a, b in ctx.spans]
-        added, fast = gradients.is_direct(weight), reads(weight, h.dtype)
+        added, fast = gradients.is_direct(weight), reads(weight, h.dtype) if weight.dtype == torch.float32 else None
         dw = gradients.room(weight) if added else torch.zeros_like(weight)
         for first in range(0, weight.shape[0], VOCABULARY_STRIP):
             strip = slice(first, first + VOCABULARY_STRIP)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.model import eight as eights
 from tunesmith.model import gradients, native
+from tunesmith.model.eight import Eight
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -77,6 +79,7 @@ class Linear:
 
     weight [out, in], a [r, in], b [out, r]. The flags say whose gradients are wanted. `held`: the weight, or what gives it each time it is
     asked for (unpacks a quantised one, copies one that is trained in fp32). `own`: the module's weight, where it is not quantised.
+    `eight`: the frozen weight in 8 bits, where products are to run in them.
     """
 
     held: Tensor | Callable[[], Tensor]
@@ -87,6 +90,7 @@ class Linear:
     need_weight: bool
     need_bias: bool
     own: Tensor | None = None
+    eight: Eight | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -116,23 +120,39 @@ def linears(x: Tensor, group: Sequence[Linear]) -> tuple[list[Tensor], Tensor | 
     if adapted:
         joined = _joined(adapted)
         small = x @ joined.t() if fast is None else fast.dense([(x, joined, False, True)], x.new_empty(len(x), len(joined)), native.NARROW)
+    rows = fast.round_rows([x]) if fast is not None and group[0].eight is not None else None
     for layer in group:
         part = None
         if layer.a is not None and small is not None:
             part = small[:, at : at + len(layer.a)]
             at += len(layer.a)
         if fast is not None:
-            weight = layer.factor
-            terms = [(x, weight, False, True)]
+            term, steps, outputs = _first(x, rows, layer)
+            terms = [term]
             if part is not None and layer.b is not None:
                 terms.append((part, layer.b, False, True))
-            outs.append(fast.dense(terms, x.new_empty(len(x), len(weight)), native.NARROW, bias=layer.bias))
+            outs.append(fast.dense(terms, x.new_empty(len(x), outputs), native.NARROW, bias=layer.bias, steps=steps))
             continue
-        y = x @ layer.weight.t() if layer.bias is None else torch.addmm(layer.bias, x, layer.weight.t())
+        if layer.eight is not None:
+            y = eights.plain_forward(x, layer.eight).to(x.dtype)
+            y = y if layer.bias is None else y.add_(layer.bias)
+        else:
+            y = x @ layer.weight.t() if layer.bias is None else torch.addmm(layer.bias, x, layer.weight.t())
         if part is not None and layer.b is not None:
             y.addmm_(part, layer.b.t())
         outs.append(y)
     return outs, small
+
+
+Steps = tuple[Tensor, Tensor | None, Tensor]
+
+
+def _first(x: Tensor, rows: tuple[Tensor, Tensor] | None, layer: Linear) -> tuple[native.Term, Steps | None, int]:
+    """x W^T as a term of `Kernels.dense`, in 8 bits where `rows` are x in them; what its numbers count; and the number of outputs."""
+    if rows is None or layer.eight is None:
+        weight = layer.factor
+        return (x, weight, False, True), None, len(weight)
+    return (rows[0], layer.eight.values, False, True), (rows[1], layer.eight.steps, layer.eight.shift), len(layer.eight.values)
 
 
 def linear_added(x: Tensor, layer: Linear, add: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
@@ -140,12 +160,13 @@ def linear_added(x: Tensor, layer: Linear, add: Tensor, in_place: bool) -> tuple
     if (fast := pairs([layer], x)) is None or add.dtype != torch.float32 or not add.is_contiguous():
         (y,), small = linears(x, [layer])
         return (add.add_(y) if in_place else add + y), small
-    terms, small = [(x, layer.factor, False, True)], None
+    term, steps, _ = _first(x, fast.round_rows([x]) if layer.eight is not None else None, layer)
+    terms, small = [term], None
     if layer.a is not None and layer.b is not None:
         small = fast.dense([(x, layer.a, False, True)], x.new_empty(len(x), len(layer.a)), native.NARROW)
         terms.append((small, layer.b, False, True))
     out = add if in_place else torch.empty_like(add)
-    return fast.dense(terms, out, native.ADDED, bias=layer.bias, before=add), small
+    return fast.dense(terms, out, native.ADDED, bias=layer.bias, before=add, steps=steps), small
 
 
 def linears_backward(
@@ -180,14 +201,24 @@ def small_gradient(dys: Sequence[Tensor], group: Sequence[Linear]) -> Tensor | N
 def input_gradient(dys: Sequence[Tensor], d_small: Tensor | None, group: Sequence[Linear]) -> Tensor:
     """The gradient with respect to what all layers of the group read, [T, in]."""
     joined = _joined([layer.a for layer in group if layer.a is not None]) if d_small is not None else None
+    weights, steps = [layer.eight for layer in group if layer.eight is not None], None
     if (fast := pairs(group, *dys)) is not None:
-        terms = [(dy, layer.factor, False, False) for dy, layer in zip(dys, group, strict=True)]
+        if weights:
+            rows, counts = fast.round_rows(dys, [weight.steps for weight in weights])
+            parts = torch.split(rows, [dy.shape[1] for dy in dys], 1)
+            terms = [(part, weight.values, False, False) for part, weight in zip(parts, weights, strict=True)]
+            steps = counts, None, sum((weight.shift_back for weight in weights[1:]), weights[0].shift_back)
+        else:
+            terms = [(dy, layer.factor, False, False) for dy, layer in zip(dys, group, strict=True)]
         if d_small is not None and joined is not None:
             terms.append((d_small, joined, False, False))
-        return fast.dense(terms, dys[0].new_empty(len(dys[0]), terms[0][1].shape[1]), native.NARROW)
-    dx = dys[0] @ group[0].weight
-    for dy, layer in zip(dys[1:], group[1:], strict=True):
-        dx.addmm_(dy, layer.weight)
+        return fast.dense(terms, dys[0].new_empty(len(dys[0]), terms[0][1].shape[1]), native.NARROW, steps=steps)
+    if weights:
+        dx = eights.plain_backward(dys, weights).to(dys[0].dtype)
+    else:
+        dx = dys[0] @ group[0].weight
+        for dy, layer in zip(dys[1:], group[1:], strict=True):
+            dx.addmm_(dy, layer.weight)
     return dx if d_small is None or joined is None else dx.addmm_(d_small, joined)
 
 

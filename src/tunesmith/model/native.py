@@ -10,15 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.core.files import cache_folder
-from tunesmith.core.log import logger
-
-SOURCES = Path(__file__).parent / "cpp"
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-Wno-psabi",
-    "-fPIC",
-)
-SECONDS = 300  # that the compiler may take
+from tunesmith.model import native_library
 
 # P pointers, N counts, F floats in the order of the functions in cpp; the number of threads follows.
 _SIGNATURES = {
@@ -92,7 +71,9 @@ class Kernels:
         self._dense = None
         if dtype == torch.bfloat16 and library["can_dense"]():
             self._dense = library["dense"]
-            self._dense.argtypes, self._dense.restype = [ctypes.c_char_p, *[_KINDS[kind] for kind in "NPNNNNFPP"], ctypes.c_int], None
+            self._dense.argtypes, self._dense.restype = [ctypes.c_char_p, *[_KINDS[kind] for kind in "NPNNNNFPPP"], ctypes.c_int], None
+            self._round = library["round_rows"]
+            self._round.argtypes, self._round.restype = [ctypes.c_char_p, *[_KINDS[kind] for kind in "NPPNN"], ctypes.c_int], None
             self._attend = library["attend_documents"]
             self._attend.argtypes, self._attend.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
 
@@ -221,14 +202,17 @@ class Kernels:
         return self._dense is not None
 
     def dense(
-        self, terms: Sequence[Term], out: Tensor, kind: int, scale: float = 1.0, bias: Tensor | None = None, before: Tensor | None = None
-    ) -> Tensor:
+        self, terms: Sequence[Term], out: Tensor, kind: int, scale: float = 1.0, bias: Tensor | None = None,
+        before: Tensor | None = None, steps: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """out = scale * (bias + sum of a b over the terms), summed in fp32: NARROW in bf16, WIDE in fp32, or ADDED to `before` in fp32.
 
         `before` has the shape and strides of `out`; None: what is in `out` itself.
         A term is (a, b, turned, of_weight): a [rows, depth], or where it is turned [depth, rows]; b [depth, columns], or as a weight
         [columns, depth], in bf16, or in fp32 and rounded to bf16 here. Numbers of a row lie side by side; an a that is not turned has an
-        even depth, and so has a b as a weight.
+        even depth, and so has a b as a weight. First may stand terms with b in int8 and a from `round_rows`, both of a depth that is a
+        multiple of 4; `steps` has what their numbers count for every row [rows] and column [columns] (None: 1), and what the 128 of the
+        rows adds to the sums [columns].
         """
         assert self._dense is not None
         assert before is None or before.stride() == out.stride()
@@ -242,13 +226,28 @@ class Kernels:
                 a.shape[not turned],
                 turned,
                 of_weight,
-                b.dtype == torch.float32,
+                _NUMBERS[b.dtype],
             )
+        small = None if steps is None else struct.pack("3P", *(at(t) or 0 for t in steps))
         self._dense(
             struct.pack(f"{len(words)}q", *words), len(terms), out.data_ptr(), out.stride(0), *out.shape, kind, scale, at(bias),
-            (out if before is None else before).data_ptr(), torch.get_num_threads(),
+            (out if before is None else before).data_ptr(), small, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def round_rows(self, parts: Sequence[Tensor], factors: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of `parts` [N, ..] in bf16, side by side, in 8 bits with 128 added [N, E], and what a row's numbers count [N] (fp32).
+
+        `factors`: numbers in fp32 that the columns of each part are multiplied with first. Where `pairs` holds; widths are multiples of 16.
+        """
+        out, steps = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts), dtype=torch.uint8), torch.empty(len(parts[0]))
+        words: list[int] = []
+        for number, part in enumerate(parts):
+            words += (part.data_ptr(), factors[number].data_ptr() if factors else 0, part.stride(0), part.shape[1])
+        self._round(
+            struct.pack(f"{len(words)}q", *words), len(parts), out.data_ptr(), steps.data_ptr(), *out.shape, torch.get_num_threads()
+        )
+        return out, steps
 
     def attend_documents(
         self, q: Tensor, k: Tensor, v: Tensor, documents: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], keys: int, window: int,
@@ -282,6 +281,7 @@ NARROW, WIDE, ACTIVE = range(3)  # kinds of products
 ADDED = 2  # of `dense`, in the place of ACTIVE
 HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)  # that cpp/attention.h is made for
 Term = tuple[Tensor, Tensor, bool, bool]
+_NUMBERS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}  # what cpp/pairs.h calls Numbers
 Multiply = tuple[int, int]  # addresses of what multiplies a block and of what gives the matrix unit back
 
 
@@ -297,7 +297,7 @@ def multiplier(dtype: torch.dtype) -> Multiply | None:
 
 def in_strips(dtype: torch.dtype) -> bool:
     """Whether our products read weights of this kind in strips of 32 outputs, each in one piece, instead of blocks of 64."""
-    library = _library() if dtype in (torch.bfloat16, torch.int8) else None
+    library = native_library.loaded() if dtype in (torch.bfloat16, torch.int8) else None
     return library is not None and bool(library["strips_for"](int(dtype == torch.int8)))
 
 
@@ -317,13 +317,13 @@ def switched(on: bool) -> Iterator[None]:
 
 @functools.cache
 def _kernels(dtype: torch.dtype) -> Kernels | None:
-    library = _library() if dtype in (torch.bfloat16, torch.float32) else None
+    library = native_library.loaded() if dtype in (torch.bfloat16, torch.float32) else None
     return None if library is None else Kernels(library, dtype)
 
 
 @functools.cache
 def _multiplier(kind: str) -> Multiply | None:
-    library = _library()
+    library = native_library.loaded()
     if library is None or kind not in _MULTIPLY:
         return None
     try:
@@ -334,51 +334,6 @@ def _multiplier(kind: str) -> Multiply | None:
     can = library["can_multiply"]
     can.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return (found[0], found[1]) if can(*found, kind != "float32") else None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled file, made now if this machine has none of this source yet."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if sys.platform != "linux" or compiler is None:
-        logger.info("no C++ compiler (g++) is found: elementwise passes go through PyTorch's operations, which is slower")
-        return None
-    try:
-        folder = cache_folder() / "native"
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
-        sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
-        known = [*sources, version, " ".join(FLAGS).encode(), torch.__version__.encode(), processor()]
-        place = folder / f"{hashlib.sha256(b'|'.join(known)).hexdigest()[:16]}.so"
-        if not place.exists():
-            _compile(compiler, place)
-        return ctypes.CDLL(str(place))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody knows a home folder
-        output = getattr(error, "stderr", None) or b""
-        said = " ".join((output.decode(errors="replace") or str(error)).split())[:300]
-        logger.warning("our compiled functions cannot be used, PyTorch's operations take their place, which is slower: %s", said)
-        return None
-
-
-def _compile(compiler: str, place: Path) -> None:
-    """In a folder of its own first: other processes may be doing the same, and none of them finds half a file."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        parts = [(path, Path(folder) / f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))]
-        commands = [[compiler, *FLAGS, "-c", str(path), "-o", str(part)] for path, part in parts]
-        # The OpenMP that PyTorch brings, under whatever name: with another one beside it two teams of threads would fight for the cores.
-        openmp = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")] or ["-lgomp"]
-        made = Path(folder) / place.name
-        run = functools.partial(subprocess.run, capture_output=True, check=True, timeout=SECONDS)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(run, commands))
-        run([compiler, "-shared", *(str(part) for _, part in parts), *openmp, "-o", str(made)])
-        made.replace(place)
-
-
-def processor() -> bytes:
-    """What this processor can do: a home folder may be shared by machines of several kinds."""
-    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    return "".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags", "Features")).encode()
 
 
 def at(tensor: Tensor | None) -> int | None:

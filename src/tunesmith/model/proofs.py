@@ -20,7 +20,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import cache_folder, read_json, write_json
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Fast
-from tunesmith.model import attention, lora, native
+from tunesmith.model import attention, lora, native, native_library
 from tunesmith.model.head import HeadForm
 from tunesmith.model.policy import Policy
 
@@ -79,7 +79,7 @@ def place_of(policy: Policy, fast: Fast) -> Path | None:
     known: dict[str, Any] = {
         "code": _code(), "versions": _versions(), "fast": fast.model_dump(), "dtype": policy.dtype, "scalar": policy.scalar,
         "autocast": policy.autocast, "class": type(policy.causal).__name__, "config": policy.causal.config.to_dict(), "adapters": adapters,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else native.processor().decode(errors="replace"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else native_library.processor().decode(errors="replace"),
         "threads": torch.get_num_threads(), "native": device.type == "cpu" and native.kernels(policy.dtype) is not None,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=_plain).encode())

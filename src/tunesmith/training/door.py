@@ -14,7 +14,7 @@ from tunesmith.core.load import Loaded
 from tunesmith.core.log import logger
 from tunesmith.core.recipe import Recipe, Reference
 from tunesmith.data.template import ChatTemplate
-from tunesmith.model import float8, quant, reward
+from tunesmith.model import eight, float8, quant, reward
 from tunesmith.model.build import try_on
 from tunesmith.model.context import context_of
 from tunesmith.model.load import choose_device, choose_dtype
@@ -75,9 +75,11 @@ def _run_folder(recipe: Recipe) -> None:
         ) from error
 
 
-def _float8(recipe: Recipe) -> None:
+def _8_bits(recipe: Recipe) -> None:
     if recipe.model.fast.float8:
         float8.demand_device(choose_device(recipe.run.device))
+    if recipe.model.fast.int8:
+        eight.demand_products(choose_device(recipe.run.device))
 
 
 def _optimizer(recipe: Recipe) -> None:
@@ -108,7 +110,7 @@ def _context(recipe: Recipe) -> None:
 
 
 CHECKS: tuple[Callable[[Recipe], None], ...] = (
-    _objective, _device, _trackers, _weights, _run_folder, _float8, _optimizer, _quantised, _adapter, _context, demand_reference,
+    _objective, _device, _trackers, _weights, _run_folder, _8_bits, _optimizer, _quantised, _adapter, _context, demand_reference,
 )  # fmt: skip
 
 

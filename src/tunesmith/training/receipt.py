@@ -22,6 +22,7 @@ from tunesmith.data.dataset import TokenSet
 from tunesmith.data.pack import pack
 from tunesmith.data.prepare import Prepared
 from tunesmith.evals.report import environment
+from tunesmith.model import fuse
 from tunesmith.model.load import choose_device
 from tunesmith.model.policy import Policy
 from tunesmith.model.reread import load_plain, plain_logprobs, plain_scores
@@ -80,7 +81,8 @@ def live_numbers(policy: Policy, probes: Sequence[Tokens]) -> list[list[float]]:
     """What the model in memory gives for the probes, log-probabilities or scores, in as few passes as training would take."""
     out: list[list[float]] = [[] for _ in probes]
     for batch in pack([replace(probe, key=str(place)) for place, probe in enumerate(probes)], PROBE_PASS) if probes else []:
-        outputs = policy.rate(batch) if policy.scalar else policy.score(batch)
+        with fuse.exact(policy.model):  # what is saved is read by others in full precision
+            outputs = policy.rate(batch) if policy.scalar else policy.score(batch)
         values = outputs.logp if outputs.score is None else outputs.score
         for owner, value in zip(outputs.row.tolist(), values.float().tolist(), strict=True):
             out[int(batch.segments[owner].key)].append(value)

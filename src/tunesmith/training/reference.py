@@ -86,8 +86,8 @@ def _beside_the_weights(recipe: Recipe) -> dict[str, str]:
     """
     model, adapter = recipe.model, recipe.model.adapter
     out = {"quant": f"{model.quant} {model.double_quant}"} if model.quant is not None else {}
-    if model.fast.float8:
-        out["float8"] = "true"
+    if model.fast.coarse:
+        out[model.fast.coarse] = "true"
     if recipe.reference.model == "start" and (isinstance(adapter, VIRTUAL) or getattr(adapter, "init", "") == "loftq"):
         out["adapter"] = content_hash({"settings": repr(adapter), "seed": recipe.run.seed})
     return out

@@ -55,8 +55,8 @@ void gather16(const int16_t* weights, int64_t stride, const int8_t* values, int6
                 const __m512i a = wide16(one + i * SIDE), b = wide16(other + i * SIDE);
                 const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
                 for (int g = 0; g < N; g++) {
-                    sums[g][2 * i] = _mm512_dpwssd_epi32(sums[g][2 * i], low, weight[g]);
-                    sums[g][2 * i + 1] = _mm512_dpwssd_epi32(sums[g][2 * i + 1], high, weight[g]);
+                    sums[g][2 * i] = add_twos(sums[g][2 * i], low, weight[g]);
+                    sums[g][2 * i + 1] = add_twos(sums[g][2 * i + 1], high, weight[g]);
                 }
             }
         }
@@ -90,7 +90,7 @@ void look16(const Vec* query, int64_t group, const int8_t* keys, const int8_t* v
             Ints sums[L];
             for (int k = 0; k < L; k++) {
                 __m512i sum = _mm512_setzero_si512();
-                for (int i = 0; i < sides; i++) sum = _mm512_dpwssd_epi32(sum, block[k][i], _mm512_load_si512(small + g * W + i * SIDE));
+                for (int i = 0; i < sides; i++) sum = add_twos(sum, block[k][i], _mm512_load_si512(small + g * W + i * SIDE));
                 sums[k] = as<Ints>(sum);
             }
             store(scores + g * stride + t, __builtin_convertvector(sums_of(sums), Vec) * (step * steps[g]));

@@ -43,7 +43,7 @@ struct Work {
 
     // Keys or values with their numbers as rows and tokens as depth: [width / 8] times [pairs of tokens, 8] pairs.
     void lay_turned(const bf16* of_all, __m256i* to) const {
-        const Term term{of_all + key(), nullptr, of.kv_stride, 0, length, 1, 0, 0};
+        const Term term{of_all + key(), nullptr, of.kv_stride, 0, length, 1, 0, IN_BF16};
         for (int64_t i = 0; i < of.width; i += TALL) lay_rows(term, i, of.width, to + i / TALL * ((length + 1) / 2));
     }
 };
@@ -91,12 +91,12 @@ struct Panel {
 
     // Queries, or the gradient of their outputs, as columns [width / 2, 16 * V] of pairs, for scores.
     void lay_columns(const bf16* of_all, int64_t g, __m512i* to) const {
-        lay_panel(of_all + work.at(first, g), Term{nullptr, nullptr, 0, work.of.q_stride, work.of.width, 0, 1, 0}, 0, count, V, to);
+        lay_panel(of_all + work.at(first, g), Term{nullptr, nullptr, 0, work.of.q_stride, work.of.width, 0, 1, IN_BF16}, 0, count, V, to);
     }
 
     // The same rows of all heads as depth, for sums over queries: parts of 32 numbers, each [group * 8 * V pairs of rows, 32] pairs.
     void lay_depth(const bf16* of_all, __m512i* to) const {
-        const Term term{nullptr, nullptr, 0, work.of.q_stride, count, 0, 0, 0};
+        const Term term{nullptr, nullptr, 0, work.of.q_stride, count, 0, 0, IN_BF16};
         const int64_t laid = (count + 1) / 2;
         for (int64_t part = 0; part < work.of.width / PART; part++)
             for (int64_t g = 0; g < work.of.group; g++, to += 16 * V) {
@@ -108,14 +108,14 @@ struct Panel {
     // scores [keys, 16 * V] of the keys (or values) `key` to `end`, eight at most.
     void score(const bf16* of_all, int64_t key, int64_t end, const __m512i* columns, float* to) const {
         const Rows rows = work.keys(of_all, key);
-        block_of<V>(end - key)(&rows, 1, columns, 0, Out{to, 16 * V, 16 * V, WIDE, 1.0f, nullptr, nullptr});
+        block_of<V>(end - key)(&rows, 1, 0, columns, 0, Out{to, 16 * V, 16 * V, WIDE, 1.0f, nullptr, nullptr});
     }
 
     // sums [width, 16 * V] += keys or values that lie turned, from `key` to `end`, times shares [pairs of keys, 16 * V].
     void add(const __m256i* turned, int64_t key, int64_t end, const __m512i* shares, float* sums) const {
         for (int64_t i = 0; i < work.of.width; i += TALL, turned += (work.length + 1) / 2, sums += TALL * 16 * V) {
             const Rows rows{reinterpret_cast<const char*>(turned + key / 2), 4, 4 * TALL, (end - key + 1) / 2};
-            block_of<V>(TALL)(&rows, 1, shares, 0, Out{sums, 16 * V, 16 * V, ADD, 1.0f, nullptr, sums});
+            block_of<V>(TALL)(&rows, 1, 0, shares, 0, Out{sums, 16 * V, 16 * V, ADD, 1.0f, nullptr, sums});
         }
     }
 
@@ -262,7 +262,7 @@ void attend_back(const Work& work, int64_t first, int64_t count, const __m256i* 
                 const Rows from{reinterpret_cast<const char*>(side ? shares : slopes), 2 * pitch, 4, depth};
                 float* to = work.sums + (side * work.length + key) * width;
                 for (int64_t part = 0; part < width / PART; part++, to += PART)
-                    block_of<2>(end - key)(&from, 1, (side ? d_rows : rows) + part * depth * 2, 0, Out{to, width, PART, ADD, 1.0f, nullptr, to});
+                    block_of<2>(end - key)(&from, 1, 0, (side ? d_rows : rows) + part * depth * 2, 0, Out{to, width, PART, ADD, 1.0f, nullptr, to});
             }
         }
         for (int64_t g = 0; g < group; g++)

@@ -70,7 +70,7 @@ constexpr int TOGETHER = 8;  // rows whose sums are held at once
 template <bool SMALL>
 inline __m512i add_products(__m512i sum, __m512i row, __m512i weights) {
 #ifdef FOURS_OF_8_BITS
-    if constexpr (SMALL) return _mm512_dpbusd_epi32(sum, row, weights);
+    if constexpr (SMALL) return add_fours(sum, row, weights);
 #endif
 #ifdef PAIRS_OF_BF16
     if constexpr (!SMALL) return as<__m512i>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(row), as<__m512bh>(weights)));

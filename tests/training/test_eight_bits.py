@@ -1,0 +1,58 @@
+"""Runs with products in 8 bits: the reference agrees, the receipt is about what is saved, and they can be resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import assert_same_run, losses
+
+from tunesmith.core.files import read_json
+from tunesmith.model import native
+from tunesmith.training.run import train
+from tunesmith.training.sinks import JsonLines
+
+
+@pytest.fixture(autouse=True)
+def _able():
+    fast = native.kernels(torch.bfloat16)
+    if fast is None or not fast.pairs:
+        pytest.skip("this processor has no products of training in 8 bits")
+
+
+def in_8_bits(tree):
+    tree["model"] |= {"dtype": "bf16", "fast": {"int8": True}}
+    return tree
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tree, monkeypatch):
+    whole, cut = (in_8_bits(tree("lora", name, batch={"tokens": 300})) for name in ("whole", "cut"))
+    train(whole)
+    write = JsonLines.write
+
+    def fail_at_five(self, step, values):
+        write(self, step, values)
+        if step == 5:
+            raise ConnectionError("the machine is gone")
+
+    monkeypatch.setattr(JsonLines, "write", fail_at_five)
+    with pytest.raises(ConnectionError):
+        train(cut)
+    monkeypatch.undo()
+    train(cut)
+    assert_same_run(Path(whole["run"]["out"]), Path(cut["run"]["out"]))
+    other = tree("lora", "other", batch={"tokens": 300})
+    other["model"]["dtype"] = "bf16"
+    train(other)
+    ours, exact = (torch.tensor([loss for _, loss, _ in losses(Path(run["run"]["out"]))]) for run in (whole, other))
+    assert 1e-5 < float((ours - exact).abs().max()) < 0.05
+    proofs = [read_json(Path(run["run"]["out"]) / "receipt.json") for run in (whole, other)]
+    assert all(proof["passed"] for proof in proofs)
+    assert ["8 bits" in " ".join(proof["fast_paths"]["notes"]) for proof in proofs] == [True, False]
+    # The saved model is read in full precision, and so is the live one beside it: no further apart than without 8 bits.
+    assert proofs[0]["max_abs_logprob_diff"] <= 2 * proofs[1]["max_abs_logprob_diff"] + 0.01
+
+
+def test_policy_and_reference_are_rounded_alike(wish):
+    made = in_8_bits(wish("dpo", "lora", "run", steps=4, eval_every=2))
+    result = train(made)
+    assert result["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
