@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_resume import assert_same_run, losses
 
 from tunesmith.core.files import read_json
-from tunesmith.model import native
+from tunesmith.core.recipe import Recipe
+from tunesmith.core.types import Tokens
+from tunesmith.data.pack import pack
+from tunesmith.model import fuse, native
+from tunesmith.model.build import build_policy
+from tunesmith.training.receipt import live_numbers
 from tunesmith.training.run import train
 from tunesmith.training.sinks import JsonLines
 
@@ -56,3 +62,16 @@ def test_policy_and_reference_are_rounded_alike(wish):
     made = in_8_bits(wish("dpo", "lora", "run", steps=4, eval_every=2))
     result = train(made)
     assert result["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+
+
+def test_the_receipt_reads_the_model_without_rounding(tree):
+    made = in_8_bits(tree("lora", "run"))
+    policy = build_policy(Recipe(**made).model, "cpu", seed=0)
+    row = Tokens(np.arange(3, 40, dtype=np.int32), np.ones(37, np.float32), "one")
+    row.train[0] = 0
+    (said,) = live_numbers(policy, [row])
+    with fuse.exact(policy.model):
+        (exact,) = live_numbers(policy, [row])
+    (rounded,) = [policy.score(batch).logp.tolist() for batch in pack([row], 1024)]
+    assert said == exact
+    assert said != rounded
