@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_sides import Case
-from race import FAR, MEMORY, Bench, ChildError, arguments, best_of, ceilings, grid, named, race, ranged, say, spread, tried
+from race import FAR, MEMORY, Bench, ChildError, add_8_bits, arguments, best_of, ceilings, grid, named, race, ranged, say, spread, tried
 from sides import Result, Setting
 
 NAMES = ("dpo-135m", "dpo-long-prompt", "reward-135m")
@@ -139,6 +139,7 @@ def measure(bench: Bench, case: Case, work: Result, runs: int) -> Result:
     """Try, choose, run in turn, compare."""
     trials = try_all(bench, case)
     best = contenders(trials)
+    add_8_bits(bench, case, trials, best, shown)
     first = compare_first_step(bench, case, best)
     found: dict[str, list[Result]] = {name: [] for name in best}
     for _ in range(runs):
@@ -190,10 +191,13 @@ def table(case: Case, found: Result) -> None:
     for name, key, digits, peer, wanted in lines if dpo else [line for line in lines if line[1] != "pairs_per_s_of_steps"]:
         ratio = ours[key]["median"] / peer[key]["median"]
         say(f"{name:<34}{ranged(ours[key], digits):>24}{ranged(peer[key], digits):>24}{ratio:>7.2f}x{wanted:>8}")
-    if lean := sides.get("lean"):
-        ratios = [lean[key]["median"] / trl[key]["median"] for key in ("pairs_per_s", "memory_gb")]
-        speed = ranged(lean["pairs_per_s"], pairs)
-        say(f"ours within {MEMORY[0]:.1f} of TRL's memory: {speed} pairs/s, {ratios[0]:.2f}x, memory {ratios[1]:.2f}x")
+    for name, words in (("lean", f"ours within {MEMORY[0]:.1f} of TRL's memory"), ("int8", "ours with the frozen base in 8 bits")):
+        if side := sides.get(name):
+            peers = {"pairs_per_s": trl, "pairs_per_s_of_steps": ready, "memory_gb": trl}
+            ratios = [side[key]["median"] / peer[key]["median"] for key, peer in peers.items()]
+            speed = f"{ranged(side['pairs_per_s'], pairs)} pairs/s, {ratios[0]:.2f}x"
+            more = f", reference at hand {ranged(side['pairs_per_s_of_steps'], pairs)}, {ratios[1]:.2f}x" if dpo else ""
+            say(f"{words}: {speed}{more}, memory {ratios[2]:.2f}x")
     say("settings: " + "; ".join(f"{name} {named(side['setting'])}" for name, side in sides.items()))
     for run in (run for run in found["beside"] if "error" not in run):
         ratios = [ours["pairs_per_s"]["median"] / rate(run), ours["memory_gb"]["median"] / run["memory_gb"]]

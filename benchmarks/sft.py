@@ -13,7 +13,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from race import FAR, MEMORY, Bench, ChildError, arguments, best_of, ceilings, grid, named, race, ranged, say, spread, tried
+from race import (
+    FAR,
+    IN_8_BITS,
+    MEMORY,
+    Bench,
+    ChildError,
+    add_8_bits,
+    arguments,
+    best_of,
+    ceilings,
+    grid,
+    named,
+    race,
+    ranged,
+    say,
+    spread,
+    tried,
+)
 from sft_sides import Case, recipe_of
 from sides import Result, Setting
 
@@ -96,6 +113,8 @@ def measure(bench: Bench, case: Case, runs: int) -> Result:
     """Try, choose, run in turn, compare."""
     trials = {side: tried(bench, side, case, settings, shown) for side, settings in (("ours", case.ours), ("trl", case.trl))}
     best = contenders(trials)
+    if case.lora and best["ours"].get("dtype", case.dtype) == "bf16":
+        add_8_bits(bench, case, trials, best, shown)
     first = compare_first_step(bench, case, best)
     found: dict[str, list[Result]] = {side: [] for side in best}
     for _ in range(runs):
@@ -163,11 +182,12 @@ def table(case: Case, found: Result) -> None:
         begun, ended = (ranged(found["start"][key], lambda value: f"{value:.2f}") for key in ("to_the_step", "to_its_end"))
         say(f"{'start to first step, s':<28}{begun:>24}{'':>32}{START[0]:>8.0f}{START[1]:>9.0f}")
         say(f"{'start to its end, s':<28}{ended:>24}")
-    if lean := found["sides"].get("lean"):
-        ratios = (lean[key]["median"] / trl[key]["median"] for key in ("tokens_per_s", "memory_gb"))
-        say("ours within {:.1f} of TRL's memory: {} tokens/s {:.2f}x, memory {:.2f}x, share {}, settings {}".format(
-            MEMORY[0], ranged(lean["tokens_per_s"], lines[0][2]), *ratios, ranged(lean["share"], percent), lean["setting"]
-        ))  # fmt: skip
+    for name, words in (("lean", f"ours within {MEMORY[0]:.1f} of TRL's memory"), ("int8", "ours with the frozen base in 8 bits")):
+        if side := found["sides"].get(name):
+            ratios = (side[key]["median"] / trl[key]["median"] for key in ("tokens_per_s", "memory_gb"))
+            say("{}: {} tokens/s {:.2f}x, memory {:.2f}x, share {}, settings {}".format(
+                words, ranged(side["tokens_per_s"], lines[0][2]), *ratios, ranged(side["share"], percent), side["setting"]
+            ))  # fmt: skip
     say(f"settings: ours {ours['setting']}, TRL {trl['setting']}; {found['formula']}")
     for run in (run for run in found["beside"] if "error" not in run):
         ratios = ours["tokens_per_s"]["median"] / rate(run), ours["memory_gb"]["median"] / run["memory_gb"]
@@ -182,14 +202,17 @@ def curves(bench: Bench, case: Case, setting: Setting) -> Result:
         # Fused layers do their own LoRA, so that `lora` alone decides nothing while they are on.
         fast = [{}, *({name: False} for name in FAST), {"lora": False, "layer": False}, dict.fromkeys(FAST, False)]
         ways: list[Setting] = [*({"fast": one} for one in fast), {"fast": {}, "native": False}]
+        if dtype == "bf16" and case.lora:
+            ways.append(IN_8_BITS)
         on, *others = tried(bench, "ours", case, [setting | {"dtype": dtype, **way} for way in ways], shown)
         for run in others:
             if "error" in on or "error" in run:
                 run["largest_difference"] = None
             else:
                 run["largest_difference"] = max(abs(a - b) for a, b in zip(on["losses"], run["losses"], strict=True))
-            off = " and ".join(run["setting"]["fast"]) or "compiled functions"
-            say(f"  {case.name} {dtype}, {off} off: the loss differs by at most {run['largest_difference']} from that with all on")
+            names = run["setting"]["fast"]
+            way = "the base in 8 bits" if names == IN_8_BITS["fast"] else f"{' and '.join(names) or 'compiled functions'} off"
+            say(f"  {case.name} {dtype}, {way}: the loss differs by at most {run['largest_difference']} from that with all on")
         found[dtype] = [on, *others]
     return found
 
