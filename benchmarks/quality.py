@@ -22,6 +22,7 @@ from race import machine, say
 LORA = {"name": "lora", "rank": 16}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"model": {"adapter": LORA}, "optim": {"lr": 2e-3}},
+    "lora, products in 8 bits": {"model": {"adapter": LORA, "dtype": "bf16", "fast": {"int8": True}}, "optim": {"lr": 2e-3}},
     "lora nf4": {"model": {"adapter": LORA, "quant": "nf4"}, "optim": {"lr": 2e-3}},
     "lora nf4, loftq": {"model": {"adapter": {**LORA, "init": "loftq"}, "quant": "nf4"}, "optim": {"lr": 2e-3}},
     "lora int8": {"model": {"adapter": LORA, "quant": "int8"}, "optim": {"lr": 2e-3}},
