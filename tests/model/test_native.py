@@ -418,6 +418,9 @@ def test_blocked_products_are_pytorchs(dtype: torch.dtype, outputs: list[int], g
         bias = torch.cat([torch.zeros(size) if b is None else b.to(dtype).float() for b, size in zip(biases, outputs, strict=True)])
         near(way(x), torch.nn.functional.linear(x.float(), torch.cat(weights).to(dtype).float(), bias).to(dtype))
         assert torch.equal(way.run(x, native.WIDE), way(x).float())
+        if sum(outputs) % 16 == 0:
+            before = normal(rows, sum(outputs), seed=rows + 1)
+            assert torch.equal(way.run(x, native.ONTO, onto=before.clone()), before + way(x).float())
         if gated:
             inner, up = way(x).chunk(2, 1)
             near(way.run(x, native.ACTIVE), gate(inner.contiguous(), up.contiguous()))

@@ -55,6 +55,13 @@ class Part:
         half = inner.shape[1] // 2
         return gate(inner[:, :half], inner[:, half:])
 
+    def onto(self, x: Tensor, rows: Tensor, feed: Feed) -> Tensor:
+        """x [N, E], wide, plus what `rows` [N, I] give, in the place of x."""
+        way, fit = self.product, x.dtype == torch.float32 and x.is_contiguous() and self.even
+        if fit and isinstance(way, Blocked) and (adapters := self._adapters(len(rows), feed)) is not False:
+            return way.run(rows, native.ONTO, adapters, x)
+        return x.add_(self(rows, feed))
+
     def _adapters(self, rows: int, feed: Feed) -> tuple[RowAdapters, Tensor] | Literal[False] | None:
         """What our compiled product reads of the adapters; None where there are none, False where it cannot read them."""
         stack = None if feed.mix is None else feed.mix.stack(tuple(self.spans))
@@ -102,12 +109,12 @@ class Ready:
 
 
 def forward(x: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
-    """The layer's output [N, E] from its input [N, E], both wide; keys and values go into the feed's cache."""
+    """The layer's output [N, E] in the place of its input [N, E], both wide; keys and values go into the feed's cache."""
     h, _, _ = rms_norm(x, ready.first_norm, ready.eps)
     attended = _attend(ready.attention(h, feed), ready, feed, rotary, window)
-    x = x + ready.output(attended, feed)
+    x = ready.output.onto(x, attended, feed)
     h, _, _ = rms_norm(x, ready.second_norm, ready.eps)
-    return x.add_(ready.down(ready.inner.active(h, feed), feed))
+    return ready.down.onto(x, ready.inner.active(h, feed), feed)
 
 
 def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:

@@ -154,7 +154,8 @@ class Kernels:
     ) -> None:
         """x W^T + bias for a Product of cpp/blocks.h from x [N, inputs] in T: NARROW [N, outputs] in T, WIDE the same in fp32.
 
-        ACTIVE: silu(first half) * second half [N, outputs / 2] in T, of a gated one. `lora` and `places` [N]: the rows' adapters.
+        ACTIVE: silu(first half) * second half [N, outputs / 2] in T, of a gated one. ONTO: added to `out` in fp32, for outputs in sixteens.
+        `lora` and `places` [N]: the rows' adapters.
         """
         added = None if lora is None else ctypes.addressof(lora)
         self._calls["product"](
@@ -175,7 +176,8 @@ class Kernels:
 
         `slots` of both as for `keep_rows`, which has put the tokens' own there; `window` 0 looks back without limit.
         """
-        out = torch.zeros(query.shape, dtype=query.dtype)  # filler tokens are in no slot
+        out = torch.empty(query.shape, dtype=query.dtype)
+        out[int(slots[0][:, 4].sum()) :].zero_()  # filler tokens are in no slot
         heads, width = query.shape[1:]
         self._calls["attend_rows"](
             query.data_ptr(), query.stride(0), *(side.ctypes.data for side in slots), len(slots[0]), keys, heads // keys, width, window,
@@ -277,7 +279,7 @@ class Kernels:
         self._step(ctypes.addressof(step))
 
 
-NARROW, WIDE, ACTIVE = range(3)  # kinds of products
+NARROW, WIDE, ACTIVE, ONTO = range(4)  # kinds of products
 ADDED = 2  # of `dense`, in the place of ACTIVE
 HEAD_WIDTHS = (16, 32, 64, 96, 128, 256)  # that cpp/attention.h is made for
 Term = tuple[Tensor, Tensor, bool, bool]

@@ -164,15 +164,19 @@ class Blocked:
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)
 
-    def run(self, x: Tensor, kind: int = native.NARROW, adapters: tuple[RowAdapters, Tensor] | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, kind: int = native.NARROW, adapters: tuple[RowAdapters, Tensor] | None = None, onto: Tensor | None = None
+    ) -> Tensor:
         """NARROW; WIDE: the same values in fp32; ACTIVE: of a gated product silu(first layer's) * second layer's outputs [N, O / 2].
 
-        `adapters`: what the rows' adapters add, and the place [N] of each row's among them (-1: none).
+        ONTO: the same values added to `onto` [N, O] in fp32, in its place; O is a multiple of 16. `adapters`: what the rows' adapters
+        add, and the place [N] of each row's among them (-1: none).
         """
         kernels, dtype = native.kernels(self.dtype), torch.float32 if kind == native.WIDE else self.dtype
         assert kernels is not None
         assert self.gated or kind != native.ACTIVE
-        out = torch.empty(len(x), self.outputs // 2 if kind == native.ACTIVE else self.outputs, dtype=dtype)
+        assert (kind == native.ONTO) == (onto is not None)
+        out = torch.empty(len(x), self.outputs // 2 if kind == native.ACTIVE else self.outputs, dtype=dtype) if onto is None else onto
         kernels.product(self.structure, x.to(self.dtype).contiguous(), out, self.multiply, kind, *(adapters or (None, None)))
         return out
 

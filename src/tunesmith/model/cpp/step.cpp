@@ -165,9 +165,10 @@ void step(const Step& s) {
     }
 }
 
-enum Kind { NARROW, WIDE, ACTIVE };
+enum Kind { NARROW, WIDE, ACTIVE, ONTO };
 
-// x W^T + bias [rows, outputs]: in T; with the values of T in fp32; or of a gated product silu(first half) * second half, in T.
+// x W^T + bias [rows, outputs]: in T; with the values of T in fp32; of a gated product silu(first half) * second half, in T; or with the
+// values of T added to what is there in fp32, for whole vectors of outputs.
 template <class T>
 void product(const Product& product, const T* x, void* out, int64_t kind, int64_t rows, const Lora* given, const int64_t* places,
              Multiply call, Release release, int threads) {
@@ -192,8 +193,14 @@ void product(const Product& product, const T* x, void* out, int64_t kind, int64_
             run([wide, width](int64_t row, int64_t column, Vec value, int64_t left) {
                 store_some(wide + row * width + column, rounded<T>(value), left);
             });
-        } else {
+        } else if (kind == ACTIVE) {
             run(Gate<T>{narrow, product.outputs / 2});
+        } else {
+            float* sum = static_cast<float*>(out);
+            run([sum, width](int64_t row, int64_t column, Vec value, int64_t) {
+                float* at = sum + row * width + column;
+                store(at, load(at) + rounded<T>(value));
+            });
         }
         release(true);
     }
