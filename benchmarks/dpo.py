@@ -139,7 +139,7 @@ def measure(bench: Bench, case: Case, work: Result, runs: int) -> Result:
     """Try, choose, run in turn, compare."""
     trials = try_all(bench, case)
     best = contenders(trials)
-    add_8_bits(bench, case, trials, best, shown)
+    add_8_bits(bench, case, trials, best, shown, rate)
     first = compare_first_step(bench, case, best)
     found: dict[str, list[Result]] = {name: [] for name in best}
     for _ in range(runs):

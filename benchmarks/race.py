@@ -127,11 +127,19 @@ def tried(bench: Bench, side: str, case: Any, settings: Sequence[Setting], shown
 IN_8_BITS: Setting = {"fast": {"int8": True}}
 
 
-def add_8_bits(bench: Bench, case: Any, trials: dict[str, list[Result]], best: dict[str, Setting], shown: Callable[[Result], str]) -> None:
-    """Our best setting once more with the frozen base in 8 bits, beside the other contenders where this processor has such products."""
-    trials["int8"] = tried(bench, "ours", case, [best["ours"] | IN_8_BITS], shown)
-    if "error" not in trials["int8"][0]:
-        best["int8"] = best["ours"] | IN_8_BITS
+def add_8_bits(
+    bench: Bench, case: Any, trials: dict[str, list[Result]], best: dict[str, Setting], shown: Callable[[Result], str], rate: Rate
+) -> None:
+    """A contender with the frozen base in 8 bits, where this processor has such products.
+
+    It is tried with our best setting and with half as many tokens at a time; the faster one within the wanted share of TRL's memory runs.
+    """
+    ours, room = best["ours"], MEMORY[0] * best_of(trials["trl"], "trl", rate)["memory_gb"]
+    sizes = (ours["micro_tokens"], ours["micro_tokens"] // 2)
+    trials["int8"] = tried(bench, "ours", case, [ours | {"micro_tokens": size} | IN_8_BITS for size in sizes], shown)
+    good = [run for run in trials["int8"] if "error" not in run]
+    if good:
+        best["int8"] = dict(max([run for run in good if run["memory_gb"] <= room] or good, key=rate)["setting"])
 
 
 def named(setting: Setting) -> str:

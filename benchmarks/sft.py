@@ -114,7 +114,7 @@ def measure(bench: Bench, case: Case, runs: int) -> Result:
     trials = {side: tried(bench, side, case, settings, shown) for side, settings in (("ours", case.ours), ("trl", case.trl))}
     best = contenders(trials)
     if case.lora and best["ours"].get("dtype", case.dtype) == "bf16":
-        add_8_bits(bench, case, trials, best, shown)
+        add_8_bits(bench, case, trials, best, shown, rate)
     first = compare_first_step(bench, case, best)
     found: dict[str, list[Result]] = {side: [] for side in best}
     for _ in range(runs):
