@@ -20,6 +20,7 @@ from tunesmith.model.build import build_policy
 from tunesmith.model.compile import settle_int8
 from tunesmith.model.eight import Eight, plain_backward, plain_forward
 from tunesmith.model.layer_ops import Linear, linear_added, linears, linears_backward
+from tunesmith.model.next_token import NextToken
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
 
@@ -197,6 +198,15 @@ def test_an_adapted_model_takes_8_bits_and_goes_back(compiled: bool) -> None:
             with fuse.exact(policy.model):
                 assert torch.equal(policy.score(batch).logp.detach(), plain)
             assert torch.equal(policy.score(batch).logp.detach(), ours)
+
+
+def test_sampling_is_compared_with_the_model_that_is_not_rounded() -> None:
+    kernels_needed()
+    policy = small_policy()
+    before = NextToken(policy).gaps()
+    settle_int8(policy)
+    assert NextToken(policy).gaps() == before
+    assert all(layer.tunesmith.rounded for layer in fuse.fused_layers(policy.model))
 
 
 def test_rounding_goes_by_token_so_that_neighbours_change_nothing() -> None:

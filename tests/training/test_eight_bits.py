@@ -11,6 +11,7 @@ from tunesmith.core.files import read_json
 from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Tokens
 from tunesmith.data.pack import pack
+from tunesmith.evals.likelihood import row_sums
 from tunesmith.model import fuse, native
 from tunesmith.model.build import build_policy
 from tunesmith.training.receipt import live_numbers
@@ -64,7 +65,7 @@ def test_policy_and_reference_are_rounded_alike(wish):
     assert result["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
 
 
-def test_the_receipt_reads_the_model_without_rounding(tree):
+def test_receipt_and_evaluation_read_the_model_without_rounding(tree):
     made = in_8_bits(tree("lora", "run"))
     policy = build_policy(Recipe(**made).model, "cpu", seed=0)
     row = Tokens(np.arange(3, 40, dtype=np.int32), np.ones(37, np.float32), "one")
@@ -73,5 +74,6 @@ def test_the_receipt_reads_the_model_without_rounding(tree):
     with fuse.exact(policy.model):
         (exact,) = live_numbers(policy, [row])
     (rounded,) = [policy.score(batch).logp.tolist() for batch in pack([row], 1024)]
+    assert row_sums(policy, [row])[0][0] == pytest.approx(-sum(exact), abs=1e-9)
     assert said == exact
     assert said != rounded

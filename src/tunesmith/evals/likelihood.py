@@ -13,6 +13,7 @@ from tunesmith.core.errors import ModelError
 from tunesmith.core.types import Tokens
 from tunesmith.data.pack import pack
 from tunesmith.evals.stats import Floats
+from tunesmith.model import fuse
 from tunesmith.model.policy import Policy
 
 CAPACITY = 8192  # tokens of one packed batch; a longer row stands alone
@@ -48,11 +49,11 @@ def row_sums(policy: Policy, rows: Sequence[Tokens], *, capacity: int = CAPACITY
 
 @contextlib.contextmanager
 def quiet(policy: Policy) -> Iterator[None]:
-    """Evaluation mode and no gradients while open; every module's mode comes back afterwards."""
+    """Evaluation mode, no gradients and no rounding to 8 bits while open; every module's mode comes back afterwards."""
     modes = [(module, module.training) for module in policy.model.modules()]
     policy.train_mode(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), fuse.exact(policy.model):
             yield
     finally:
         for module, mode in modes:

@@ -105,7 +105,8 @@ class NextToken:
                     found[row, read[row] - len(front)] = float(logps[place, ids[row][read[row]]])
 
         with self.ready():
-            truth = policy.score(batch).logp.tolist()
+            with fuse.exact(policy.model):  # rounding in training is no matter of sampling
+                truth = policy.score(batch).logp.tolist()
             for row in range(len(ids)):
                 cache.add(row, len(ids[row]))
             note(Prompts(cache, [(row, ids[row][: read[row]], 0) for row in range(len(ids))], policy.device, len(front)))
