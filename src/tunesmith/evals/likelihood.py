@@ -22,11 +22,12 @@ CAPACITY = 8192  # tokens of one packed batch; a longer row stands alone
 def row_sums(policy: Policy, rows: Sequence[Tokens], *, capacity: int = CAPACITY) -> tuple[Floats, Floats]:
     """For every row the sum of weight x negative log-likelihood of its trained tokens, and the sum of the weights, in float64.
 
-    Scored in evaluation mode without gradients; the model's modes are restored. Raises ModelError when a log-probability is not finite.
+    Scored in evaluation mode, without gradients and rounding to 8 bits; the model's modes are restored. Raises ModelError when a
+    log-probability is not finite.
     """
     sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
     named = [replace(row, key=str(place), group="") for place, row in enumerate(rows)]
-    with quiet(policy):
+    with quiet(policy), fuse.exact(policy.model):
         for batch in pack(named, capacity) if named else []:
             out = policy.score(batch)
             train = out.train.double().cpu().numpy()
@@ -49,11 +50,11 @@ def row_sums(policy: Policy, rows: Sequence[Tokens], *, capacity: int = CAPACITY
 
 @contextlib.contextmanager
 def quiet(policy: Policy) -> Iterator[None]:
-    """Evaluation mode, no gradients and no rounding to 8 bits while open; every module's mode comes back afterwards."""
+    """Evaluation mode and no gradients while open; every module's mode comes back afterwards."""
     modes = [(module, module.training) for module in policy.model.modules()]
     policy.train_mode(False)
     try:
-        with torch.no_grad(), fuse.exact(policy.model):
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
