@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from test_own_products import BF16, FP32, kernels, near, needs_pairs, normal
+from test_own_products import BF16, FP32, kernels, near, normal
 from tiny_models import gradients, make_batch, make_model
 from torch import Tensor
 
+from processors import needs_pairs
 from tunesmith.core import adapters, recipe
 from tunesmith.core.errors import ModelError
 from tunesmith.model import fuse, native
@@ -131,12 +132,10 @@ def everything(rank: int | None, eight: bool, dtype: torch.dtype) -> list[Tensor
     return [*outs, added, dx, *(t for grad in grads for t in (grad.a, grad.b) if t is not None)]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_pairs), False])
 @pytest.mark.parametrize("rank", [None, 16])
 def test_layers_in_8_bits_are_near_those_in_fp64(rank: int | None, compiled: bool) -> None:
     """By rounding alone, and not nearer: then nothing had been rounded. What an adapter learns from is not rounded."""
-    if compiled:
-        kernels_needed()
     with native.switched(compiled):
         ours, plain = (everything(rank, eight, torch.bfloat16) for eight in (True, False))
     for place, (mine, theirs, truth) in enumerate(zip(ours, plain, everything(rank, False, torch.float64), strict=True)):
@@ -145,12 +144,6 @@ def test_layers_in_8_bits_are_near_those_in_fp64(rank: int | None, compiled: boo
             assert 0.004 < far < 0.02, (place, far)
         else:
             assert far < 1.5 * usual + 1e-4, (place, far, usual)
-
-
-def kernels_needed() -> None:
-    fast = native.kernels(torch.bfloat16)
-    if fast is None or not fast.pairs:
-        pytest.skip("this processor multiplies no pairs of bf16, or has a matrix unit that does")
 
 
 @needs_pairs
@@ -176,10 +169,8 @@ def small_policy(**changes: Any) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_pairs), False])
 def test_an_adapted_model_takes_8_bits_and_goes_back(compiled: bool) -> None:
-    if compiled:
-        kernels_needed()
     with native.switched(compiled):
         batch, policy = make_batch(), small_policy()
         plain = policy.score(batch).logp.detach()
@@ -200,8 +191,8 @@ def test_an_adapted_model_takes_8_bits_and_goes_back(compiled: bool) -> None:
             assert torch.equal(policy.score(batch).logp.detach(), ours)
 
 
+@needs_pairs
 def test_sampling_is_compared_with_the_model_that_is_not_rounded() -> None:
-    kernels_needed()
     policy = small_policy()
     before = NextToken(policy).gaps()
     settle_int8(policy)
@@ -209,9 +200,9 @@ def test_sampling_is_compared_with_the_model_that_is_not_rounded() -> None:
     assert all(layer.tunesmith.rounded for layer in fuse.fused_layers(policy.model))
 
 
+@needs_pairs
 def test_rounding_goes_by_token_so_that_neighbours_change_nothing() -> None:
     """What a row says depends on the others of its pass by the rounding of sums alone."""
-    kernels_needed()
     batch, policy = make_batch(), small_policy()
     settle_int8(policy)
     packed = policy.score(batch).logp.detach()
@@ -227,8 +218,8 @@ def make_alone(batch: Any, segment: Any) -> Any:
     return type(batch)(batch.ids[a:b], batch.train[a:b], (type(segment)(0, b - a, segment.key),))
 
 
+@needs_pairs
 def test_a_weight_that_has_moved_is_rounded_anew() -> None:
-    kernels_needed()
     batch, policy = make_batch(), small_policy()
     settle_int8(policy)
     before = policy.score(batch).logp.detach()
@@ -240,17 +231,21 @@ def test_a_weight_that_has_moved_is_rounded_anew() -> None:
 def test_models_whose_layers_are_not_one_function_are_refused() -> None:
     policy = Policy(attach(make_model("gpt_neox", dtype=torch.bfloat16), adapters.Lora(rank=4), seed=0, base="x").eval(), torch.bfloat16)
     settle(policy, recipe.Fast())
-    with pytest.raises(ModelError, match="no layer runs as one function") as caught:
+    with pytest.raises(ModelError, match="have to run as one function") as caught:
         settle_int8(policy)
     assert caught.value.code == "no_int8"
-    odd = Policy(
-        attach(make_model(dtype=torch.bfloat16, hidden_size=40, intermediate_size=72), adapters.Lora(rank=4), seed=0, base="x").eval(),
-        torch.bfloat16,
-    )
-    settle(odd, recipe.Fast())
-    with pytest.raises(ModelError, match="no layer of a kind that can be"):
-        settle_int8(odd)
-    assert not any(layer.tunesmith.rounded for layer in fuse.fused_layers(odd.model))
+
+
+@pytest.mark.parametrize(("hidden", "adapter"), [(40, {"rank": 4}), (64, {"rank": 3}), (64, {"rank": 4, "dropout": 0.1})])
+def test_layers_that_would_go_another_way_in_training_are_refused(hidden: int, adapter: dict[str, Any]) -> None:
+    """Sides that are no sixteens, a rank that our products do not take, dropout that sends layers through PEFT."""
+    model = make_model(dtype=torch.bfloat16, hidden_size=hidden, intermediate_size=128)
+    policy = Policy(attach(model, adapters.Lora(**adapter), seed=0, base="x").eval(), torch.bfloat16)
+    settle(policy, recipe.Fast())
+    assert policy.layers == "fused"
+    with pytest.raises(ModelError, match="have to run as one function"):
+        settle_int8(policy)
+    assert not any(layer.tunesmith.rounded for layer in fuse.fused_layers(policy.model))
 
 
 def test_8_bits_are_refused_where_they_cannot_be(tmp_path: Any) -> None:
@@ -264,6 +259,7 @@ def test_8_bits_are_refused_where_they_cannot_be(tmp_path: Any) -> None:
         ({"dtype": "auto"}, "auto is fp32"),
         ({"quant": "nf4"}, "fast.int8"),
         ({"stream": True}, "fast.int8"),
+        ({"adapter": adapters.Lora(dropout=0.1)}, "dropout"),
         ({"fast": recipe.Fast(int8=True, layer=False)}, "fused layers"),
         ({"fast": recipe.Fast(int8=True, compile=True)}, "fused layers"),
     ):

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from processors import COMPILER, able
 from tiny_models import make_batch, make_model, make_policy
 from torch import Tensor
 
+from processors import needs_pairs
 from tunesmith.model import head, native
 from tunesmith.model import layout as layouts
 from tunesmith.model.gradients import direct
@@ -22,8 +22,6 @@ from tunesmith.model.layer_ops import Linear, LinearGrads, linears, linears_back
 from tunesmith.model.layout import Layout
 
 CPU = torch.device("cpu")
-HERE = COMPILER and native._on and able("avx512_bf16") and not able("amx_bf16")
-needs_pairs = pytest.mark.skipif(not HERE, reason="this processor multiplies no pairs of bf16, or has a matrix unit that does")
 
 
 def kernels() -> native.Kernels:

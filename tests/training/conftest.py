@@ -15,6 +15,8 @@ from tunesmith.data.prepare import prepare
 from tunesmith.model.build import build_policy
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.objective import methods, wanted
+from tunesmith.training.run import train
+from tunesmith.training.sinks import JsonLines
 
 
 @pytest.fixture(scope="session")
@@ -124,3 +126,23 @@ def wish(tree, tmp_path):
         return made
 
     return make
+
+
+@pytest.fixture
+def lose_at_five(monkeypatch):
+    """Trains a recipe on a machine that is gone behind its fifth step."""
+
+    def run(made):
+        write = JsonLines.write
+
+        def fail(self, step, values):
+            write(self, step, values)
+            if step == 5:
+                raise ConnectionError("the machine is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(JsonLines, "write", fail)
+            with pytest.raises(ConnectionError):
+                train(made)
+
+    return run

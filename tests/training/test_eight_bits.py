@@ -7,23 +7,18 @@ import pytest
 import torch
 from test_resume import assert_same_run, losses
 
+from processors import needs_pairs
 from tunesmith.core.files import read_json
 from tunesmith.core.recipe import Recipe
 from tunesmith.core.types import Tokens
 from tunesmith.data.pack import pack
 from tunesmith.evals.likelihood import row_sums
-from tunesmith.model import fuse, native
+from tunesmith.model import fuse
 from tunesmith.model.build import build_policy
 from tunesmith.training.receipt import live_numbers
 from tunesmith.training.run import train
-from tunesmith.training.sinks import JsonLines
 
-
-@pytest.fixture(autouse=True)
-def _able():
-    fast = native.kernels(torch.bfloat16)
-    if fast is None or not fast.pairs:
-        pytest.skip("this processor has no products of training in 8 bits")
+pytestmark = needs_pairs
 
 
 def in_8_bits(tree):
@@ -31,20 +26,10 @@ def in_8_bits(tree):
     return tree
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tree, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(tree, lose_at_five):
     whole, cut = (in_8_bits(tree("lora", name, batch={"tokens": 300})) for name in ("whole", "cut"))
     train(whole)
-    write = JsonLines.write
-
-    def fail_at_five(self, step, values):
-        write(self, step, values)
-        if step == 5:
-            raise ConnectionError("the machine is gone")
-
-    monkeypatch.setattr(JsonLines, "write", fail_at_five)
-    with pytest.raises(ConnectionError):
-        train(cut)
-    monkeypatch.undo()
+    lose_at_five(cut)
     train(cut)
     assert_same_run(Path(whole["run"]["out"]), Path(cut["run"]["out"]))
     other = tree("lora", "other", batch={"tokens": 300})

@@ -91,7 +91,7 @@ class Model(Section):
         if self.quant and self.adapter is None:
             raise ValueError(f"quant: {self.quant} holds a frozen base: add an adapter, e.g. {{name: lora}}, or leave quant out")
         if self.quant and (self.fast.coarse or self.init == "random"):
-            raise ValueError(f"quant goes with neither fast.{self.fast.coarse or 'float8'} nor init: random")
+            raise ValueError("quant goes with none of fast.float8, fast.int8, init: random")
         return self
 
     @model_validator(mode="after")
@@ -99,7 +99,7 @@ class Model(Section):
         if self.stream and self.adapter is None:
             raise ValueError("stream is for a frozen base: add an adapter, or leave it out")
         if self.stream and (self.fast.compile or self.fast.coarse):
-            raise ValueError(f"stream goes with neither fast.compile nor fast.{self.fast.coarse or 'float8'}")
+            raise ValueError("stream goes with none of fast.compile, fast.float8, fast.int8")
         return self
 
     @model_validator(mode="after")
@@ -115,6 +115,8 @@ class Model(Section):
             raise ValueError(
                 "fast.int8 is for fused layers: leave fast.layer, lora and packed on, compile and float8 off, or switch it off"
             )
+        if fast.int8 and getattr(self.adapter, "dropout", None):
+            raise ValueError("fast.int8 is for fused layers, and dropout in an adapter has its layers go PEFT's way: leave one of both out")
         return self
 
 

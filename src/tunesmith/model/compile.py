@@ -93,8 +93,8 @@ def settle_int8(policy: Policy) -> None:
 
     Raises ModelError `no_int8` where no layer can, or where scores move further than such rounding explains.
     """
-    reason = "no layer runs as one function (models of the Llama family, adapters of the LoRA kind)"
-    if policy.layers == "fused":
+    reason = "layers have to run as one function: models of the Llama family, LoRA of an even rank and without dropout, sides in sixteens"
+    if policy.layers == "fused" and fuse.can_round(policy.model):
         reason, difference = _try(policy, lambda: fuse.round_products(policy.model, True), (10.0, 0.3))
     if reason:
         fuse.round_products(policy.model, False)

@@ -39,11 +39,6 @@ class Eight:
         values, steps = rounded(weight.detach())
         return Eight(values, steps, *(128 * values.sum(axis, dtype=torch.int32) for axis in (1, 0)))
 
-    @property
-    def bytes(self) -> int:
-        """What it takes in memory."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.steps, self.shift, self.shift_back))
-
 
 def fits(weight: Tensor) -> bool:
     """Whether a weight has sides that our products in 8 bits take."""

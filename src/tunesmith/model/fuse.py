@@ -103,12 +103,28 @@ def recompute(model: nn.Module, count: int) -> None:
         layer.tunesmith.recompute = i < count
 
 
+def can_round(model: nn.Module) -> bool:
+    """Whether every decoder layer runs fused at every step and can multiply with its frozen weights in 8 bits."""
+    layers = fused_layers(model)
+    return bool(layers) and all(_rounds(module) for layer in layers for module in _projections(layer).values())
+
+
+def _rounds(module: Any) -> bool:
+    """A frozen weight of fitting sides, and in an adapter no dropout, which would send the layer PEFT's way, and no odd rank."""
+    base = module if _plain(module) else module.base_layer
+    if quant.kind_of(base) is not None or base.weight.requires_grad or not eight.fits(base.weight):
+        return False
+    return base is module or (
+        all(isinstance(one, nn.Identity) for one in module.lora_dropout.values()) and all(rank % 2 == 0 for rank in module.r.values())
+    )
+
+
 def round_products(model: nn.Module, on: bool) -> int:
-    """Let the fused layers multiply rows with frozen weights in 8 bits (see eight.py), or not; returns how many layers do."""
+    """Let the fused layers, which `can_round`, multiply rows with frozen weights in 8 bits (see eight.py), or not; returns their number."""
     layers = fused_layers(model)
     for layer in layers:
         layer.tunesmith.rounded = on
-    return sum(all(_rounds(base) for base in map(_base, _projections(layer).values())) for layer in layers) if on else 0
+    return len(layers)
 
 
 @contextlib.contextmanager
@@ -122,16 +138,6 @@ def exact(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in rounded:
             layer.tunesmith.rounded = True
-
-
-def _base(module: Any) -> nn.Linear:
-    found: nn.Linear = module if _plain(module) else module.base_layer
-    return found
-
-
-def _rounds(base: nn.Linear) -> bool:
-    """Whether a layer's weight can be held in 8 bits for the products of training."""
-    return quant.kind_of(base) is None and not base.weight.requires_grad and eight.fits(base.weight)
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
@@ -330,8 +336,6 @@ def _parts(layer: Any, linears: Linears) -> tuple[Parts, list[Tensor | None]]:
     attention, fused = layer.self_attn, layer.tunesmith
     norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *(n.weight for n in _head_norms(attention))]
     first, second, *heads = (fused.copies.of(weight, fused.dtype) for weight in norms)
-    # All or none: the gradients of layers on the same input are rounded together.
-    in_8_bits = fused.rounded and all(_rounds(base) for base, _ in linears.values())
     parts = Parts(
         dtype=fused.dtype,
         keys=linears["k_proj"][0].out_features // attention.head_dim,
@@ -340,7 +344,7 @@ def _parts(layer: Any, linears: Linears) -> tuple[Parts, list[Tensor | None]]:
         first_norm=first,
         second_norm=second,
         head_norms=(heads[0], heads[1]) if heads else None,
-        linear={name: _linear(base, factors, fused, in_8_bits) for name, (base, factors) in linears.items()},
+        linear={name: _linear(base, factors, fused) for name, (base, factors) in linears.items()},
         train_norms=any(norm.requires_grad for norm in norms),
     )
     parameters: list[Tensor | None] = [*norms, *[None] * (4 - len(norms))]
@@ -349,7 +353,7 @@ def _parts(layer: Any, linears: Linears) -> tuple[Parts, list[Tensor | None]]:
     return parts, parameters
 
 
-def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused, in_8_bits: bool) -> Linear:
+def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Linear:
     of, dtype = fused.copies.of, fused.dtype
     held: Tensor | Callable[[], Tensor] = partial(quant.weight_of, base, dtype)
     if quant.kind_of(base) is None:
@@ -364,5 +368,5 @@ def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused, in_8_bi
         need_weight=base.weight.requires_grad,
         need_bias=base.bias is not None and base.bias.requires_grad,
         own=base.weight if quant.kind_of(base) is None else None,
-        eight=fused.copies.in_8_bits(base.weight) if in_8_bits else None,
+        eight=fused.copies.in_8_bits(base.weight) if fused.rounded else None,
     )

@@ -23,15 +23,15 @@ struct Term {
     int64_t a_stride, b_stride, depth, turned, of_weight;
     Numbers numbers;
 
-    int64_t each() const { return numbers == IN_8_BITS ? 1 : 2; }            // bytes of a number of a
-    int64_t deep() const { return (depth * each() + 3) / 4; }                // pairs, or fours, of depth
+    int64_t each() const { return numbers == IN_8_BITS ? 1 : 2; }  // bytes of a number of a
+    int64_t deep() const { return (depth * each() + 3) / 4; }      // pairs, or fours, of depth
 };
 
 // What numbers in 8 bits count: of all terms with such together, which stand first.
 struct Steps {
-    const float* rows;       // [rows]
-    const float* columns;    // [columns], or null for ones
-    const int32_t* shift;    // [columns] what 128 too much in every number of a row adds to the sums, to be taken off
+    const float* rows;     // [rows]
+    const float* columns;  // [columns], or null for ones
+    const int32_t* shift;  // [columns] what 128 too much in every number of a row adds to the sums, to be taken off
 };
 
 enum Kind { NARROW, WIDE, ADD };  // c in bf16, in fp32, or in fp32 with another matrix of its strides added, mostly itself
@@ -192,20 +192,19 @@ INLINED inline void multiply(const Rows& rows, const __m512i* panel, Sum (&sums)
     }
 }
 
+// How many, and which, of a vector's numbers are columns of c.
+inline int64_t count_of(const Out& out, int v) { return std::max<int64_t>(0, std::min<int64_t>(16, out.columns - 16 * v)); }
+inline __mmask16 seen_of(const Out& out, int v) { return __mmask16((1u << count_of(out, v)) - 1); }
+
 // `each(i, place, seen)` for every vector of R rows, and which of its numbers are columns of c.
 template <int R, int V, class Each>
 INLINED inline void put(const Out& out, Each each) {
     if (out.columns >= 16 * V)
         return unrolled<R * V>([&](auto i) INLINED { each(i, i / V * out.stride + 16 * (i % V), __mmask16(~0)); });
     unrolled<V>([&](auto v) INLINED {
-        const int64_t count = std::max<int64_t>(0, std::min<int64_t>(16, out.columns - 16 * v));
-        const __mmask16 seen = __mmask16((1u << count) - 1);
+        const __mmask16 seen = seen_of(out, v);
         unrolled<R>([&](auto r) INLINED { each(r * V + v, r * out.stride + 16 * v, seen); });
     });
-}
-
-inline __mmask16 of_columns(const Out& out, int v) {
-    return __mmask16((1u << std::max<int64_t>(0, std::min<int64_t>(16, out.columns - 16 * v))) - 1);
 }
 
 // The sums of the first `small` terms, which are in 8 bits; returns where their panels end.
@@ -214,12 +213,12 @@ INLINED inline const __m512i* multiply_small(const Rows* rows, int small, const 
                                              __m512 (&sums)[R * V]) {
     __m512i whole[R * V];
     unrolled<V>([&](auto v) INLINED {
-        const __m512i less = _mm512_maskz_loadu_epi32(of_columns(out, v), out.steps.shift + 16 * v);
+        const __m512i less = _mm512_maskz_loadu_epi32(seen_of(out, v), out.steps.shift + 16 * v);
         unrolled<R>([&](auto r) INLINED { whole[r * V + v] = _mm512_sub_epi32(_mm512_setzero_si512(), less); });
     });
     for (int t = 0; t < small; panel += rows[t++].depth * V) multiply<R, V, 4>(rows[t], panel, whole);
     unrolled<V>([&](auto v) INLINED {
-        const __m512 step = out.steps.columns ? _mm512_maskz_loadu_ps(of_columns(out, v), out.steps.columns + 16 * v) : _mm512_set1_ps(1.0f);
+        const __m512 step = out.steps.columns ? _mm512_maskz_loadu_ps(seen_of(out, v), out.steps.columns + 16 * v) : _mm512_set1_ps(1.0f);
         unrolled<R>([&](auto r) INLINED {
             const __m512 times = _mm512_mul_ps(step, _mm512_set1_ps(out.steps.rows[row + r]));
             sums[r * V + v] = _mm512_mul_ps(_mm512_cvtepi32_ps(whole[r * V + v]), times);
@@ -238,7 +237,7 @@ void block(const Rows* rows, int terms, int small, const __m512i* panel, int64_t
         unrolled<R * V>([&](auto i) INLINED { sums[i] = _mm512_setzero_ps(); });
     if (out.bias)
         unrolled<V>([&](auto v) INLINED {
-            const int64_t count = std::min<int64_t>(16, out.columns - 16 * v);
+            const int64_t count = count_of(out, v);
             const __m512 more = as<__m512>(count > 0 ? load(out.bias + 16 * v, count) : Vec{});
             unrolled<R>([&](auto r) INLINED { sums[r * V + v] = _mm512_add_ps(sums[r * V + v], more); });
         });

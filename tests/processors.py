@@ -23,3 +23,7 @@ def able(*features: str) -> bool:
 def blocks(dtype: torch.dtype) -> bool:
     """Whether products of blocks must be there: where the processor has what they take, their absence is a failure."""
     return native.multiplier(dtype) is not None or able(BLOCKS[dtype])
+
+
+PAIRS = COMPILER and native._on and able("avx512_bf16") and not able("amx_bf16")  # by the system's word: then our products must be there
+needs_pairs = pytest.mark.skipif(not PAIRS, reason="this processor multiplies no pairs of bf16, or has a matrix unit that does")
