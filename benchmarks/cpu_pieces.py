@@ -2,7 +2,8 @@
 
 Attention of packed documents against PyTorch's own one document at a time (forward and backward, bf16, 9 query and 3 key heads of
 64), with glibc keeping freed memory or not; an addition in fp32 and bf16; norms, gates, log-probabilities, attention and draws by our
-compiled functions and by PyTorch's operations; products with weights as they are, packed by oneDNN, and in int8; a sampling step of 32
+compiled functions and by PyTorch's operations; products with weights as they are, packed by oneDNN, and in int8; our products of training
+in bf16 and in 8 bits, both ways, in TFLOP/s; a sampling step of 32
 rows with 164 tokens each on the shape of SmolLM2-135M in one compiled function and by PyTorch's operations, and its products alone in large
 and small pages.
 Usage: python benchmarks/cpu_pieces.py [--default-malloc] [--out records/NAME.json]
@@ -14,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -29,9 +31,10 @@ from tunesmith.model import huge_pages, native
 from tunesmith.model.allocator import keep_freed_memory
 from tunesmith.model.bucket_attention import bucket_attention
 from tunesmith.model.cached import Cache
+from tunesmith.model.eight import Eight
 from tunesmith.model.feed import NextTokens
 from tunesmith.model.head import HeadForm, token_logprobs
-from tunesmith.model.layer_ops import gate, gate_backward, rms_norm, rms_norm_backward
+from tunesmith.model.layer_ops import Linear, gate, gate_backward, input_gradient, linears, rms_norm, rms_norm_backward
 from tunesmith.model.layout import Layout
 from tunesmith.model.next_token import NextToken
 from tunesmith.model.policy import Policy
@@ -188,6 +191,22 @@ def pages() -> dict[str, float]:
     return found
 
 
+def training() -> dict[str, float]:
+    """x W^T and dy W for 1,024 tokens on the shapes of SmolLM2-135M's layers, rounding included: in TFLOP/s."""
+    fast, found = native.kernels(torch.bfloat16), {}
+    if fast is None or not fast.pairs:
+        return {}
+    for inputs, outputs in ((576, 576), (576, 1536), (1536, 576)):
+        x, weight, dy = (torch.randn(*shape).bfloat16() for shape in ((1024, inputs), (outputs, inputs), (1024, outputs)))
+        eight = Eight.of(weight)
+        linear = Linear(weight, None, None, None, 1.0, False, False)
+        for name, one in (("bf16", linear), ("8 bits", replace(linear, eight=eight))):
+            ways = {"there": partial(linears, x, [one]), "back": partial(input_gradient, [dy], None, [one])}
+            for way, work in ways.items():
+                found[f"{inputs} x {outputs}, {name}, {way}"] = round(2 * 1024 * inputs * outputs / 1e9 / best(work), 3)
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,6 +220,7 @@ def main() -> None:
         "keeps freed memory": not words.default_malloc,
         **{f"attention {name}": attention(lengths) for name, lengths in (("1024", [1024]), ("2048", [2048]), ("4 x 256", [256] * 4))},
         "products": products(),
+        "products of training, TFLOP/s": training(),
         "elementwise": elementwise(),
         "compiled functions": compiled(),
         "a sampling step": step(),
