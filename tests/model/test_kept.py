@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from processors import needs_compiler
 from torch import Tensor
 
+from processors import needs_compiler
 from tunesmith.model import native
 from tunesmith.model.attention import Form
 from tunesmith.model.cached import Cache, pack, unpack

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from processors import blocks, needs_compiler
 from torch import Tensor
 
+from processors import blocks, needs_compiler
 from tunesmith.model import native
 from tunesmith.model.cached import Cache, pack
 from tunesmith.model.cached_layer import Part, Ready, forward, spans_of

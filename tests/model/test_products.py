@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from processors import able
 from tiny_models import make_batch, make_model, make_policy
 
+from processors import able
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Batch, Segment
 from tunesmith.infer.engine import Engine
