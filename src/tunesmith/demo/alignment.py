@@ -40,7 +40,7 @@ STAGES = (
     Stage("ipo", {"name": "ipo"}),
     Stage("simpo", {"name": "simpo"}),
     Stage("orpo", {"name": "orpo", "beta": 3.0}),
-    Stage("kto", {"name": "kto", "undesirable_weight": 1.6}, data="labels"),
+    Stage("kto", {"name": "kto"}, data="labels"),
     # All weights learn faster than an adapter which words turn a sentence round; with a loss at every token seeds differ less.
     Stage(
         "reward",

@@ -33,16 +33,14 @@ def held_out_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return _rows("test", count, seed)
 
 
-def labelled_rows(count: int, seed: int, good: float = 2 / 3) -> list[dict[str, Any]]:
-    """`count` rows of {"prompt", "completion", "label"}, one answer to a question; the share `good` of them has the label true.
+def labelled_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows of {"prompt", "completion", "label"}, one answer to a question; half of them have the label true.
 
     They come from the sentences of training, and no question comes twice.
     """
-    pairs = _rows("train", count, seed, "labelled")
-    helpful = round(count * good)
     rows = [
-        {"prompt": pair["prompt"], "completion": pair["chosen" if place < helpful else "rejected"], "label": place < helpful}
-        for place, pair in enumerate(pairs)
+        {"prompt": pair["prompt"], "completion": pair["chosen" if place < count // 2 else "rejected"], "label": place < count // 2}
+        for place, pair in enumerate(_rows("train", count, seed, "labelled"))
     ]
     return _shuffled(rows, Random(seed_of(seed, "pocket labels")))
 
