@@ -9,6 +9,9 @@ from engines import TOKENIZER, check_scored, greedy_by_transformers, ids, lively
 from tunesmith.core.ports import SampleSettings
 from tunesmith.infer.engine import Engine
 from tunesmith.model import fuse, native
+from tunesmith.model.cached import Cache
+from tunesmith.model.feed import Prompts
+from tunesmith.model.next_token import NextToken
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 12, "layer_types": ["full_attention", "sliding_attention"]}
 FAMILIES = {"llama": {}, "qwen2": SLIDING, "qwen3": SLIDING, "mistral": {"sliding_window": 12}}
@@ -49,6 +52,31 @@ def test_log_probs_are_the_trainers(family: str) -> None:
     rows = engine.sample(prompts, SampleSettings(30, 1.0, n=2, seed=5))
     assert went_whole(engine)
     check_scored(engine.policy, prompts, rows)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_works_out_what_is_asked_for_alone(family: str, compiled: bool) -> None:
+    """Tokens in the middle and two of one row, in any order, of whole prompts and of parts behind others, longer than the window."""
+    model = wide(family)
+    rows = [list(map(int, row)) for row in prompts_of((31, 5, 40))]
+    policy = policy_of(model)
+    with torch.no_grad():
+        wanted = [model(torch.tensor([row])).logits[0] for row in rows]
+    with native.switched(compiled):
+        reads, cache = NextToken(policy), Cache()
+        with reads.ready():
+            for row, tokens in enumerate(rows):
+                cache.add(row, len(tokens))
+            for low, high in ((0.0, 0.6), (0.6, 1.0)):
+                cuts = [(int(low * len(row)), int(high * len(row))) for row in rows]
+                feed = Prompts(cache, [(i, rows[i][a:b], a) for i, (a, b) in enumerate(cuts)], policy.device)
+                starts = dict(zip(feed.rows, feed.layout.starts.tolist(), strict=False))
+                asked = [(2, cuts[2][1] - 1), (0, cuts[0][0]), (0, cuts[0][0] + 3), (1, cuts[1][1] - 1)]
+                places = torch.tensor([starts[row] + place - cuts[row][0] for row, place in asked])
+                logits = reads.logits(feed, places)
+                assert fuse.READ in feed.kept
+                torch.testing.assert_close(logits, torch.stack([wanted[row][place] for row, place in asked]), rtol=1e-4, atol=1e-4)
 
 
 def test_angles_beyond_the_first_table_are_the_trainers() -> None:

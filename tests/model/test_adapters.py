@@ -217,7 +217,7 @@ def test_settings_that_exclude_each_other_are_refused_before_anything_is_loaded(
         ({"lisa": {"layers": 1}}, {"name": "galore"}, "model.lisa drops what galore has to keep"),
         ({"lisa": {"layers": 1}, "adapter": {}}, {}, "freeze and lisa are for training all weights"),
         ({"freeze": ["embed_tokens"], "adapter": {}}, {}, "freeze and lisa are for training all weights"),
-        ({"quant": "nf4", "adapter": {}, "init": "random"}, {}, "quant goes with neither"),
+        ({"quant": "nf4", "adapter": {}, "init": "random"}, {}, "quant goes with none of fast.float8, fast.int8, init: random"),
     ):
         with pytest.raises(RecipeError, match=words):
             build({"model": {"base": "pocket", **model}, "data": {"train": "x.jsonl"}, "optim": optim})

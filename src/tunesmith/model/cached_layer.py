@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.model import native
 from tunesmith.model.attention import Form
-from tunesmith.model.feed import Feed
+from tunesmith.model.feed import Feed, Prompts
 from tunesmith.model.layer_ops import compiled, gate, rms_norm, wide
 from tunesmith.model.products import Blocked, RowAdapters, Way
 
@@ -108,17 +108,22 @@ class Ready:
         return self.attention, self.output, self.inner, self.down
 
 
-def forward(x: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
-    """The layer's output [N, E] in the place of its input [N, E], both wide; keys and values go into the feed's cache."""
+def forward(x: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int, *, read: bool = False) -> Tensor:
+    """The layer's output [N, E] in the place of its input [N, E], both wide; keys and values go into the feed's cache.
+
+    `read`: only of the tokens that a feed of prompts is asked about, [R, E]; no row of it may have an adapter of its own.
+    """
     h, _, _ = rms_norm(x, ready.first_norm, ready.eps)
-    attended = _attend(ready.attention(h, feed), ready, feed, rotary, window)
+    attended = _attend(ready.attention(h, feed), ready, feed, rotary, window, read)
+    if read and feed.read is not None:
+        x = x.index_select(0, feed.read)
     x = ready.output.onto(x, attended, feed)
     h, _, _ = rms_norm(x, ready.second_norm, ready.eps)
     return ready.down.onto(x, ready.inner.active(h, feed), feed)
 
 
-def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int) -> Tensor:
-    """Attention [N, H D] from the product of query, key and value side by side."""
+def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tensor], window: int, read: bool) -> Tensor:
+    """Attention [N, H D], or [R, H D] of what is read, from the product of query, key and value side by side."""
     turned, rows = ready.heads + ready.keys, len(joined)
     width = joined.shape[1] // (turned + ready.keys)
     fast = compiled(ready.dtype, joined) if width in native.HEAD_WIDTHS and rotary[0].shape[-1] == width else None
@@ -132,8 +137,9 @@ def _attend(joined: Tensor, ready: Ready, feed: Feed, rotary: tuple[Tensor, Tens
         both = torch.cat([query, key], 1)
     if fast is None:
         both = turn(both, rotary)
+    attend = feed.attend_read if read and isinstance(feed, Prompts) else feed.attend
     form = Form(ready.scale, window)
-    return feed.attend(ready.number, both[:, : ready.heads], both[:, ready.heads :], joined[:, turned:], form).reshape(rows, -1)
+    return attend(ready.number, both[:, : ready.heads], both[:, ready.heads :], joined[:, turned:], form).flatten(1)
 
 
 def turn(rows: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -28,7 +28,8 @@ class Feed(abc.ABC):
     """New tokens of cached rows in one forward pass, end to end; handed to the layers in place of a layout.
 
     `positions` [N] places in their rows; `longest` is the number of keys that the longest row has in sight; `last` [rows] where each
-    row's last new token stands; `kept` is what the layers work out once for all of them. `mix` says which row goes through which adapter.
+    row's last new token stands; `kept` is what the layers work out once for all of them. `mix` says which row goes through which adapter;
+    `read` [R] which new tokens are asked about (None: all), so that the last layer may leave the others out.
     """
 
     trees: tuple[()] = ()
@@ -37,6 +38,7 @@ class Feed(abc.ABC):
         self.cache, self.rows, self.device = cache, list(rows), device
         self.kept: dict[Any, Any] = {}
         self.mix: Any = None
+        self.read: Tensor | None = None
         self.ids: Tensor
         self.positions: Tensor
         self.last: Tensor
@@ -75,6 +77,17 @@ class Prompts(Feed):
             self.layout.kept["virtual"] = virtual
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None = None) -> Tensor:
+        return self._attend(layer, query, key, value, form, prefix)
+
+    def attend_read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+        """The same as `attend` for the tokens that are asked about alone: [R, H, D]."""
+        assert self.read is not None
+        return self._attend(layer, query, key, value, form, None, self.read).index_select(0, self.read)
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None, read: Tensor | None = None
+    ) -> Tensor:
+        """Attention [N, H, D]; where `read` is given, the rows of other tokens may hold anything."""
         if prefix is not None and self.fresh and (virtual := prefix_of(prefix, self.layout)) is not None:
             turned = virtual.put(layer, key.transpose(0, 1)[None], value.transpose(0, 1)[None], self.layout)
             key, value = (t[0].transpose(0, 1) for t in turned)
@@ -82,6 +95,8 @@ class Prompts(Feed):
         if slots is not None and form.simple and _side_by_side(query) and query.shape[2] == value.shape[2]:
             fast, multiply = native.kernels(query.dtype), native.multiplier(query.dtype)
             if fast is not None and multiply is not None:
+                if read is not None:
+                    slots = (_only(slots[0], read), _only(slots[1], read))
                 return fast.attend_rows(query, slots, key.shape[1], form.window, form.scale, self.cache.int8, multiply)
         if self.fresh:
             if self.cache.int8:  # seen as it is kept, however a prompt is cut
@@ -206,6 +221,14 @@ class NextTokens(Feed):
             self.kept[name] = bias.masked_fill_(send(hidden, self.device)[:, None, None], float("-inf"))
         found: Tensor = self.kept[name]
         return found
+
+
+def _only(slots: np.ndarray[Any, Any], read: Tensor) -> np.ndarray[Any, Any]:
+    """For each of these new tokens its row's slot with that one alone: those before it count as past."""
+    places = read.numpy()
+    rows = slots[np.searchsorted(slots[:, 3], places, side="right") - 1]
+    begin, width, past, first, _ = rows.T
+    return np.ascontiguousarray(np.stack([begin, width, past + places - first, places, np.ones_like(places)], 1))
 
 
 def _side_by_side(heads: Tensor) -> bool:

@@ -17,7 +17,7 @@ from tunesmith.model import cached_layer, eight, lora, quant
 from tunesmith.model.attention import window_of
 from tunesmith.model.cached_layer import Ready
 from tunesmith.model.copies import Copies
-from tunesmith.model.feed import Feed, NextTokens
+from tunesmith.model.feed import Feed, NextTokens, Prompts
 from tunesmith.model.fused_layer import PROJECTIONS, Parts, Plan, by_documents, fused_layer, rotary_tables
 from tunesmith.model.layer_ops import Linear, wide
 from tunesmith.model.layout import Layout
@@ -26,6 +26,7 @@ from tunesmith.model.virtual import PREFIX
 from tunesmith.model.whole_step import WholeStep
 
 WHOLE = "all layers at once"
+READ = "the last layer gave what is read alone"
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
@@ -273,7 +274,11 @@ def _sample(
         else:
             rotary = cached_layer.rotary_of(*position_embeddings, feed, ready.dtype)
             if not (layer is fused.layers[0] and isinstance(feed, NextTokens) and _at_once(layer, x, feed, rotary, window)):
-                x = cached_layer.forward(x, ready, feed, rotary, window)
+                # An adapter of a row's own is found by the token's place among all.
+                read = fused.last and isinstance(feed, Prompts) and feed.read is not None and feed.mix is None
+                x = cached_layer.forward(x, ready, feed, rotary, window, read=read)
+                if read:
+                    feed.kept[READ] = True
         return (x.to(layer.input_layernorm.weight.dtype) if fused.last else x)[None]
 
 

@@ -67,6 +67,7 @@ class NextToken:
         Open `ready` around it.
         """
         policy = self.policy
+        feed.read = rows if len(rows) else None
         arguments = {"input_ids": feed.ids[None], "position_ids": feed.positions[None], "tunesmith_layout": feed, "use_cache": False}
         with attention.packed_masks(), torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast):
             if policy.head == "plain":
@@ -75,7 +76,8 @@ class NextToken:
             states = fuse.states(policy.decoder(), feed) if isinstance(feed, NextTokens) else None
             if states is None:
                 states = policy.decoder()(**arguments).last_hidden_state[0]
-            states = states.index_select(0, rows)
+            if fuse.READ not in feed.kept:
+                states = states.index_select(0, rows)
         with torch.autocast(policy.device.type, enabled=False):
             head = self._head_of(states.dtype)
             logits = head.run(states, native.WIDE) if isinstance(head, Blocked) else head(states).float()
