@@ -19,11 +19,13 @@ from tunesmith.model import fuse, native
 from tunesmith.model.adapter import attach, lora_layers
 from tunesmith.model.build import build_policy
 from tunesmith.model.compile import settle_int8
+from tunesmith.model.copies import Copies
 from tunesmith.model.eight import Eight, plain_backward, plain_forward
 from tunesmith.model.layer_ops import Linear, linear_added, linears, linears_backward
 from tunesmith.model.next_token import NextToken
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
+from tunesmith.model.products import rounded as plain_rounded
 
 
 def whole(values: Tensor) -> Tensor:
@@ -228,6 +230,41 @@ def test_a_weight_that_has_moved_is_rounded_anew() -> None:
     assert not torch.allclose(policy.score(batch).logp.detach(), before, atol=0.01)
 
 
+@needs_pairs
+def test_an_adapter_that_is_merged_is_not_forgotten() -> None:
+    """PEFT adds it behind the weight's back, and the rounded copy is that of the weight without it."""
+    batch, policy = make_batch(), small_policy()
+    with torch.no_grad():
+        for layer in lora_layers(policy.model):
+            layer.lora_B["default"].weight.mul_(10)
+    settle_int8(policy)
+    before = policy.score(batch).logp.detach()
+    with fuse.exact(policy.model):
+        rounding = float((policy.score(batch).logp.detach() - before).abs().mean())
+    policy.model.merge_adapter()
+    assert float((policy.score(batch).logp.detach() - before).abs().mean()) < 2 * rounding
+    policy.model.unmerge_adapter()
+    assert float((policy.score(batch).logp.detach() - before).abs().mean()) < rounding
+
+
+def test_copies_say_what_they_take() -> None:
+    copies, weight = Copies(), torch.nn.Parameter(torch.randn(32, 16), requires_grad=False)
+    copies.of(weight, torch.bfloat16)
+    copies.in_8_bits(weight)
+    assert copies.bytes() == 2 * 512 + 512 + 4 * (32 + 32 + 16)
+
+
+@needs_pairs
+def test_small_gradients_are_rounded_as_large_ones_are() -> None:
+    """An objective of little weight sends back numbers far below one, at which no step may end."""
+    rows = normal(9, 64)
+    (values, steps), (small, less) = (kernels().round_rows([(rows.float() * factor).bfloat16()]) for factor in (1.0, 2.0**-80))
+    assert torch.equal(values, small)
+    assert torch.equal(steps * 2.0**-80, less)
+    for factor in (1.0, 2.0**-80):
+        assert torch.equal(plain_rounded((rows.float() * factor).bfloat16())[0], whole(values).to(torch.int8))
+
+
 def test_models_whose_layers_are_not_one_function_are_refused() -> None:
     policy = Policy(attach(make_model("gpt_neox", dtype=torch.bfloat16), adapters.Lora(rank=4), seed=0, base="x").eval(), torch.bfloat16)
     settle(policy, recipe.Fast())
@@ -248,6 +285,19 @@ def test_layers_that_would_go_another_way_in_training_are_refused(hidden: int, a
     assert not any(layer.tunesmith.rounded for layer in fuse.fused_layers(policy.model))
 
 
+@needs_pairs
+def test_an_adapter_with_biases_of_its_own_is_refused() -> None:
+    """Its layers look fused and go PEFT's way at every step."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    policy = Policy(get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_bias=True)).eval(), torch.bfloat16)
+    settle(policy, recipe.Fast())
+    with pytest.raises(ModelError, match="have to run as one function"):
+        settle_int8(policy)
+
+
 def test_8_bits_are_refused_where_they_cannot_be(tmp_path: Any) -> None:
     fast = recipe.Fast(int8=True)
     with native.switched(False), pytest.raises(ModelError, match="VNNI") as caught:
@@ -260,6 +310,10 @@ def test_8_bits_are_refused_where_they_cannot_be(tmp_path: Any) -> None:
         ({"quant": "nf4"}, "fast.int8"),
         ({"stream": True}, "fast.int8"),
         ({"adapter": adapters.Lora(dropout=0.1)}, "dropout"),
+        ({"adapter": adapters.Lora(rank=3)}, "even rank"),
+        ({"adapter": adapters.Lora(ranks={"q_proj": 5})}, "even rank"),
+        ({"adapter": adapters.Dora()}, "dora"),
+        ({"adapter": adapters.Prefix()}, "prefix"),
         ({"fast": recipe.Fast(int8=True, layer=False)}, "fused layers"),
         ({"fast": recipe.Fast(int8=True, compile=True)}, "fused layers"),
     ):

@@ -212,5 +212,5 @@ def test_rows_at_the_ends_of_their_range_in_8_bits(dtype: torch.dtype, width: in
         finite = numbers[:, 0].isfinite().all(1)
         assert torch.equal(steps.isnan(), ~finite)
         held = numbers[finite, 0].float()
-        assert torch.equal(steps[finite], (held.abs().amax(1) / 127).clamp_min(1e-12))
+        assert torch.equal(steps[finite], (held.abs().amax(1) / 127).clamp_min(1e-30))
         assert torch.equal(kept[0, finite, :-4].float(), (held / steps[finite, None]).round())

@@ -78,7 +78,7 @@ def by_hand(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.nd
     """The formula of `Int8`: scales in fp32, whole numbers, and their sum in whole numbers."""
 
     def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scale = np.maximum(np.abs(rows).max(1) / np.float32(127), np.float32(1e-12)).astype(np.float32)
+        scale = np.maximum(np.abs(rows).max(1) / np.float32(127), np.float32(1e-30)).astype(np.float32)
         return np.rint(rows / scale[:, None]).astype(np.int64), scale.astype(np.float64)
 
     (qx, sx), (qw, sw) = rounded(x.astype(np.float32)), rounded(weight.astype(np.float32))

@@ -50,6 +50,12 @@ def test_policy_and_reference_are_rounded_alike(wish):
     assert result["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
 
 
+def test_a_reference_of_its_own_is_rounded_as_well(wish):
+    made = in_8_bits(wish("dpo", "lora", "run", steps=1))
+    made["reference"] = {"model": made["model"]["base"]}
+    assert train(made)["start"]["eval/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+
+
 def test_receipt_and_evaluation_read_the_model_without_rounding(tree):
     made = in_8_bits(tree("lora", "run"))
     policy = build_policy(Recipe(**made).model, "cpu", seed=0)

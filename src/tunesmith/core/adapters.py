@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag
 from tunesmith.core.section import Section, by_name
 
 Targets = Literal["all-linear"] | list[str]
+UNFUSED = ("dora", "vera", "ia3", "bottleneck", "prefix")  # with these no decoder layer runs as one function
 ALL_LINEAR = "module names to adapt, e.g. [q_proj, v_proj]; all-linear leaves the head out"
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tunesmith.core import adapters, optimizers
-from tunesmith.core.adapters import Adapter
+from tunesmith.core.adapters import UNFUSED, Adapter, Lora
 from tunesmith.core.optimizers import AdamW, Optim
 from tunesmith.core.section import Section, demand_name
 from tunesmith.core.types import content_hash
@@ -117,6 +117,10 @@ class Model(Section):
             )
         if fast.int8 and getattr(self.adapter, "dropout", None):
             raise ValueError("fast.int8 is for fused layers, and dropout in an adapter has its layers go PEFT's way: leave one of both out")
+        if fast.int8 and self.adapter is not None and self.adapter.name in UNFUSED:
+            raise ValueError(f"fast.int8 is for fused layers, which {self.adapter.name} does not have: use lora, or switch it off")
+        if fast.int8 and isinstance(self.adapter, Lora) and any(rank % 2 for rank in (self.adapter.rank, *self.adapter.ranks.values())):
+            raise ValueError("fast.int8 is for LoRA of an even rank: raise adapter.rank and ranks to even numbers, or switch it off")
         return self
 
 

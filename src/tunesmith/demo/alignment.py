@@ -244,7 +244,7 @@ def _report(out: Path, rows: Sequence[dict[str, Any]], calibration: Sequence[dic
         out / "align",
         title="Preferences, rewards, steps",
         subtitle="the bundled base before and after each objective, on held-out rows that share no sentence and no sum with training",
-        facts={"pairs": PAIRS, "labels": LABELS, "chains": CHAINS, "seconds": round(seconds, 1)},
+        facts={"pairs": PAIRS, "rated pairs": RATED, "labels": LABELS, "chains": CHAINS, "seconds": round(seconds, 1)},
         scores=scores,
         environment=environment(),
         notes=notes,

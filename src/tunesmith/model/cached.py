@@ -198,7 +198,7 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def pack(numbers: Tensor) -> Tensor:
     """Keys or values [.., D] in 8 bits, and behind them the four bytes of their step: [.., D + 4]; a step is the largest one over 127."""
     numbers = numbers.float()
-    step = (numbers.abs().amax(-1, keepdim=True) / 127).clamp_min_(1e-12)
+    step = (numbers.abs().amax(-1, keepdim=True) / 127).clamp_min_(1e-30)
     seen = step.reshape(-1).view(torch.int8).view(*step.shape[:-1], STEP_BYTES)
     return torch.cat([(numbers / step).round_().to(torch.int8), seen], -1)
 

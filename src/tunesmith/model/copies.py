@@ -47,6 +47,12 @@ class Copies:
             old = self._eights[id(weight)] = (weight, state, Eight.of(weight))
         return old[2]
 
+    def bytes(self) -> int:
+        """What the copies take beside the weights."""
+        made = [copy for _, _, copy in self._made.values()]
+        eights = [part for _, _, eight in self._eights.values() for part in (eight.values, eight.steps, eight.shift, eight.shift_back)]
+        return sum(part.nbytes for part in (*made, *eights))
+
     def drop(self) -> None:
         """Forget all copies: frozen weights have been trained in between, which their version does not tell."""
         self._made.clear()

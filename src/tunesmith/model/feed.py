@@ -29,7 +29,7 @@ class Feed(abc.ABC):
 
     `positions` [N] places in their rows; `longest` is the number of keys that the longest row has in sight; `last` [rows] where each
     row's last new token stands; `kept` is what the layers work out once for all of them. `mix` says which row goes through which adapter;
-    `read` [R] which new tokens are asked about (None: all), so that the last layer may leave the others out.
+    `read` [R] which new tokens are asked about, perhaps none (None: all), so that the last layer may leave the others out.
     """
 
     trees: tuple[()] = ()

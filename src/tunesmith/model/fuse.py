@@ -116,7 +116,9 @@ def _rounds(module: Any) -> bool:
     if quant.kind_of(base) is not None or base.weight.requires_grad or not eight.fits(base.weight):
         return False
     return base is module or (
-        all(isinstance(one, nn.Identity) for one in module.lora_dropout.values()) and all(rank % 2 == 0 for rank in module.r.values())
+        lora.usable(module)
+        and all(isinstance(one, nn.Identity) for one in module.lora_dropout.values())
+        and all(rank % 2 == 0 for rank in module.r.values())
     )
 
 
@@ -341,6 +343,7 @@ def _parts(layer: Any, linears: Linears) -> tuple[Parts, list[Tensor | None]]:
     attention, fused = layer.self_attn, layer.tunesmith
     norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *(n.weight for n in _head_norms(attention))]
     first, second, *heads = (fused.copies.of(weight, fused.dtype) for weight in norms)
+    merged = {name: bool(getattr(module, "merged", False)) for name, module in _projections(layer).items()}
     parts = Parts(
         dtype=fused.dtype,
         keys=linears["k_proj"][0].out_features // attention.head_dim,
@@ -349,7 +352,7 @@ def _parts(layer: Any, linears: Linears) -> tuple[Parts, list[Tensor | None]]:
         first_norm=first,
         second_norm=second,
         head_norms=(heads[0], heads[1]) if heads else None,
-        linear={name: _linear(base, factors, fused) for name, (base, factors) in linears.items()},
+        linear={name: _linear(base, factors, fused, merged[name]) for name, (base, factors) in linears.items()},
         train_norms=any(norm.requires_grad for norm in norms),
     )
     parameters: list[Tensor | None] = [*norms, *[None] * (4 - len(norms))]
@@ -358,10 +361,13 @@ def _parts(layer: Any, linears: Linears) -> tuple[Parts, list[Tensor | None]]:
     return parts, parameters
 
 
-def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Linear:
+def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused, merged: bool) -> Linear:
+    """`merged`: PEFT has added the adapter to the weight and left its version and place as they were, so that no copy would know."""
     of, dtype = fused.copies.of, fused.dtype
     held: Tensor | Callable[[], Tensor] = partial(quant.weight_of, base, dtype)
-    if quant.kind_of(base) is None:
+    if merged and quant.kind_of(base) is None:
+        held = base.weight.detach().to(dtype)
+    elif quant.kind_of(base) is None:
         # Where our own products read weights in fp32 nobody may ever ask for the copy.
         held = base.weight.detach() if base.weight.dtype == dtype else partial(of, base.weight, dtype)
     return Linear(
@@ -373,5 +379,5 @@ def _linear(base: nn.Linear, factors: lora.Factors | None, fused: Fused) -> Line
         need_weight=base.weight.requires_grad,
         need_bias=base.bias is not None and base.bias.requires_grad,
         own=base.weight if quant.kind_of(base) is None else None,
-        eight=fused.copies.in_8_bits(base.weight) if fused.rounded else None,
+        eight=fused.copies.in_8_bits(base.weight) if fused.rounded and not merged else None,
     )

@@ -1,8 +1,9 @@
 """Our C++ functions, compiled once for a machine by its own compiler: for CPU tensors in bf16 and fp32 on Linux.
 
-What PyTorch does in five or ten operations, each over a whole tensor, `cpp/layer.cpp` does in one; `cpp/step.cpp` runs all layers of a
-sampling step in one, and `cpp/draw.cpp` draws its tokens. Every caller has PyTorch's way beside it, for machines without a compiler and to
-compare with. TUNESMITH_NATIVE=0 in the environment chooses that way everywhere.
+What PyTorch does in five or ten operations, each over a whole tensor, `cpp/layer.cpp` does in one; `cpp/dense.cpp` has the products of
+training and `cpp/documents.cpp` its attention, `cpp/step.cpp` runs all layers of a sampling step in one, and `cpp/draw.cpp` draws its
+tokens. Every caller has PyTorch's way beside it, for machines without a compiler and to compare with. TUNESMITH_NATIVE=0 in the
+environment chooses that way everywhere.
 """
 
 from __future__ import annotations

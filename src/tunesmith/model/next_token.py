@@ -67,7 +67,7 @@ class NextToken:
         Open `ready` around it.
         """
         policy = self.policy
-        feed.read = rows if len(rows) else None
+        feed.read = rows if policy.head != "plain" else None  # transformers' own head hands on all that it gets
         arguments = {"input_ids": feed.ids[None], "position_ids": feed.positions[None], "tunesmith_layout": feed, "use_cache": False}
         with attention.packed_masks(), torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast):
             if policy.head == "plain":

@@ -318,7 +318,7 @@ class Policy:
 
     def fits(self, tokens: int, longest: int, room: int) -> bool:
         """Whether such a micro-batch needs no recomputation in `room` bytes, which hold the weights too."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters()) + self.copies.bytes()
         return self.estimate(tokens, longest).peak(0) <= self._budget(room - weights)
 
     def layers_to_recompute(self, tokens: int, longest: int, *, share: int = 1) -> int:

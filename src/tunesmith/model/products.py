@@ -184,7 +184,7 @@ class Blocked:
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight [O, I] in 8 bits, and the steps [O] that its values count: the largest magnitude of an output over 127."""
     weight = weight.float()
-    scale = (weight.abs().amax(1) / 127).clamp_min_(1e-12)
+    scale = (weight.abs().amax(1) / 127).clamp_min_(1e-30)
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
@@ -219,7 +219,7 @@ class Int8:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.float()
-        size = x.abs().amax(1, keepdim=True).div_(127).clamp_min_(1e-12)
+        size = x.abs().amax(1, keepdim=True).div_(127).clamp_min_(1e-30)
         y = self._times((x / size).round_().to(torch.int8)).mul_(size)
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 

@@ -24,6 +24,7 @@ from tunesmith.data.dataset import TokenSet
 from tunesmith.data.pack import pack
 from tunesmith.evals.likelihood import quiet
 from tunesmith.model.build import load_policy
+from tunesmith.model.compile import settle_int8
 from tunesmith.model.context import VIRTUAL
 from tunesmith.model.load import check_vocabulary
 from tunesmith.model.policy import Policy
@@ -153,6 +154,8 @@ class References:
             settings = self._recipe.model
             policy = load_policy(self._name, dtype=settings.dtype, device=str(self._policy.device), fast=settings.fast)
             check_vocabulary(policy.causal, self._tokenizer, "reference.model")
+            if settings.fast.int8:  # rounded as the policy is, or the difference of both would be rounding
+                settle_int8(policy)
             if policy.layout == "packed" and settings.fast.front:
                 settle_front(policy)
             yield policy

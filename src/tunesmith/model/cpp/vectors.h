@@ -263,7 +263,7 @@ float quantise_row(const T* from, Bytes* to, int64_t width, int zero) {
     float largest;
     std::memcpy(&largest, &top, sizeof(largest));
     const bool finite = top < 0x7f800000;
-    const float step = std::max(largest / 127.0f, 1e-12f), times = finite ? 1.0f / step : 0.0f;
+    const float step = std::max(largest / 127.0f, 1e-30f), times = finite ? 1.0f / step : 0.0f;
     const Vec shift = all(12582912.0f);  // makes a number whole, to the nearest
     for (int64_t i = 0; i < width; i += L)
         store_low(to + i, as<Ints>(load(from + i) * times + shift) - as<Ints>(shift) + zero);
