@@ -132,10 +132,14 @@ def test_adapters_change_in_the_middle_of_a_talk(open_chat: Callable[..., Termin
 def test_a_full_context_says_what_to_do_in_a_talk(open_chat: Callable[..., Terminal]) -> None:
     chat = open_chat(*STILL, "--system", "word " * 1100)
     shown = chat.say("Hello.")
+    assert "or shorten --system: there is no turn to take back" in shown
+    assert "nothing to take back" in chat.say("/undo"), "the talk is as it was"
+    chat = open_chat(*STILL)
+    chat.say("Hello.")
+    shown = chat.say("word " * 1100)
     assert "/undo" in shown
     assert "/reset" in shown
     assert "shorten" not in shown
-    assert "nothing to take back" in chat.say("/undo"), "the talk is as it was"
 
 
 def test_a_talk_from_a_file_ends_with_the_file() -> None:

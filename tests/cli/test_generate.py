@@ -38,16 +38,20 @@ def first(line: dict[str, Any]) -> dict[str, Any]:
 
 def test_lines_come_one_by_one_and_ctrl_c_keeps_them(rows: Path) -> None:
     words = ["--prompts", rows, "--batch", "4", "--temperature", "3", "--max-new-tokens", "300", "--seed", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", "generate", "pocket", *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    log = rows.with_name("log.txt")
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith", "generate", "pocket", *map(str, words)],
+            stdout=subprocess.PIPE, stderr=stderr, text=True,
+        )  # fmt: skip
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
     assert process.poll() is None, "hundreds of prompts are still waiting"
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=60)
-    lines += rest.split("\n")[:-1]  # not splitlines: there are other line ends within texts
+    # Not communicate, which knows nothing of what was read ahead for the lines; not splitlines: there are other line ends within texts.
+    lines += process.stdout.read().split("\n")[:-1]
+    process.wait(timeout=60)
+    err = log.read_text()
     assert [json.loads(line)["prompt"] for line in lines] == [f"Say {n}." for n in range(len(lines))]
     assert process.returncode == 3
     assert f"{len(lines)} of 400 prompts are done" in err
@@ -93,6 +97,18 @@ def test_errors_name_the_row_and_what_to_do(capsys: pytest.CaptureFixture[str], 
     error = said(capsys, "--prompts", bad, *GREEDY)["error"]
     assert (error["code"], error["where"]) == ("unknown_adapter", f"{bad}:2")
     assert "--lora mine=FOLDER" in error["remedy"]
+    bad.write_text('{"prompt": "Hello."}\n{"prompt": 5}\n')
+    error = said(capsys, "--prompts", bad, *GREEDY)["error"]
+    assert (error["code"], error["message"]) == ("no_prompt", "prompt: expected text or messages, got '5'")
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [(["--top-p", "0"], "top_p"), (["--repetition-penalty", "0"], "repetition_penalty"), (["--greedy"], "tunesmith generate")],
+)
+def test_settings_are_refused_before_the_model_is_opened(capsys: pytest.CaptureFixture[str], words: list[str], where: str) -> None:
+    assert main(["generate", "no/such/model", "--prompt", "Hello.", "--temperature", "0.9", "--json", *words]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["where"] == where
 
 
 @pytest.mark.parametrize("plain", [(), ("--plain",)])

@@ -244,6 +244,9 @@ def test_a_score_is_a_label_only_where_labels_are_wanted():
     assert (shapes(row), shapes(row, "labels")) == (("prompt_completion",), ("labelled",))
     assert example("labelled", row).value == 3.5
     assert example("labelled", {**row, "label": False}).value == 0.0
+    assert example("labelled", {**row, "score": "3.5"}).value == 3.5
+    assert shapes({**row, "label": " TRUE"}) == ("labelled",)
+    assert example("labelled", {**row, "label": " TRUE"}).value == 1.0
     # A class in words says nothing about an answer.
     assert shapes({"prompt": "hi", "completion": "yes", "label": "greeting"}) == ("prompt_completion",)
 
@@ -256,6 +259,7 @@ def test_a_score_is_a_label_only_where_labels_are_wanted():
         ({"messages": [user("hi"), says("yes")]}, "label_missing"),
         ({"prompt": "hi", "completion": "yes", "label": "good"}, "bad_label"),
         ({"prompt": "hi", "completion": "yes", "score": float("nan")}, "bad_label"),
+        ({"prompt": "hi", "completion": "yes", "score": "nan"}, "bad_label"),
         ({"prompt": "hi", "completion": "", "label": True}, "empty_answer"),
         ({"prompt": "hi", "completion": None, "label": True}, "empty_answer"),
         ({"completion": "yes", "label": True}, "no_prompt"),

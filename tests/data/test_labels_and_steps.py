@@ -89,6 +89,21 @@ def test_one_label_alone_teaches_nothing(write, tokenizer, wanted, verdict):
     assert "one_label" in codes(recipe(path), tokenizer, wanted)[0]
 
 
+def test_rows_that_are_refused_are_told_before_the_one_label_that_they_leave(write, tokenizer):
+    path = write("a.jsonl", [label("a", "x", True), label("b", "y", True), label("c", "z", "bad")])
+    error = refusal(recipe(path), tokenizer, LABELS)
+    assert error.code == "rows_refused"
+    assert "expected true, false or a number, got 'bad'" in error.message
+    error = refusal(recipe(path, data={"on_bad": "drop"}), tokenizer, LABELS)
+    assert error.code == "one_label"
+    assert "1 rows are left out, the first: label: expected" in error.message
+
+
+def test_labels_of_a_file_that_knows_text_alone(write, tokenizer):
+    path = write("a.jsonl", [label("a", "x", "True"), label("b", "y", "false"), label("c", "z", "1"), label("d", "w", "0")])
+    assert prepare(recipe(path), tokenizer, LABELS).ledger.parts[0].labels == {"desirable": 2, "undesirable": 2}
+
+
 @pytest.mark.parametrize(("values", "word"), [([True, True], "true"), ([0, 0], "false"), ([0.3, 0.3], "0.3")])
 def test_steps_of_one_label_alone_teach_nothing(write, tokenizer, values, word):
     path = write("a.jsonl", [{"prompt": f"p{n}", "completions": ["b", "c"], "labels": values} for n in range(3)])

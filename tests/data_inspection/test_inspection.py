@@ -316,6 +316,8 @@ def test_rows_that_cannot_be_inspected_are_an_error(run, tmp_path):
     with pytest.raises(DataError) as caught:
         inspect(Source(path=str(write(tmp_path / "pairs.jsonl", PAIRS))), Source(path=str(labels)))
     assert caught.value.code == "wrong_kind"
+    assert "of another kind than" in caught.value.message
+    assert "objective" not in str(caught.value)
     assert run(tmp_path / "none.jsonl")[0] == 2
 
 

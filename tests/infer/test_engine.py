@@ -418,7 +418,7 @@ def test_a_bias_that_no_probability_can_carry_is_refused(plain: Engine, bias: fl
 
 def test_every_bad_prompt_has_its_code(plain: Engine) -> None:
     cases = {
-        "empty_prompt": [], "bad_token": [3, 256], "prompt_too_long": [3] * 256,
+        "empty_prompt": [], "bad_token": [3, 256], "prompt_too_long": [3] * 256, "not_ids": "12",
     }  # fmt: skip
     for code, prompt in cases.items():
         with pytest.raises(DataError) as caught:
@@ -427,6 +427,7 @@ def test_every_bad_prompt_has_its_code(plain: Engine) -> None:
         with pytest.raises(DataError) as caught:
             plain.submit(prompt, SampleSettings(4))
         assert caught.value.code == code
+    assert plain.sample([torch.tensor([3, 4]), np.array([3, 4])], SampleSettings(4, 0.0))[0][0].ids
     with pytest.raises(DataError) as caught:
         plain.submit([-1], SampleSettings(4))
     assert caught.value.code == "bad_token"

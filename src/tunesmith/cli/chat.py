@@ -110,6 +110,8 @@ def _turn(talk: Any, said: str) -> None:
             _answer(talk, said)
     except TunesmithError as error:
         remedy = REMEDIES.get(error.code, error.remedy)
+        if error.code == "prompt_too_long" and not talk.begun:
+            remedy = "say it in fewer words, or shorten --system: there is no turn to take back"
         told = TunesmithError(error.message, where=error.where, remedy=remedy)
         typer.echo(typer.style(str(told), fg="red"), err=True)
 

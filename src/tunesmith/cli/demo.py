@@ -10,7 +10,7 @@ import typer
 from tunesmith.cli.main import app, say
 
 EXAMPLE = """
-Fine-tune the bundled base on support tickets, evaluate before and after, write a report; about two minutes on two cores.
+Fine-tune the bundled base on support tickets, evaluate before and after, write a report; under a minute on two cores.
 
 [bold]Example[/]
 

@@ -70,8 +70,10 @@ def generate(
 ) -> None:
     """Read the prompts, sample, print."""
     from tunesmith.core import log
+    from tunesmith.core.errors import RecipeError
     from tunesmith.core.ports import SampleSettings
     from tunesmith.evals.opening import open_model
+    from tunesmith.infer.draw import check_settings
     from tunesmith.infer.generate import How, Line, read_prompts
 
     log.set_up()
@@ -81,6 +83,12 @@ def generate(
         max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, n, seed, min_p, repetition_penalty, frequency_penalty,
         presence_penalty, sampling.biases(logit_bias), tuple(stop or ()), tuple(stop_id or ()), top_logprobs, next(iter(folders), None),
     )  # fmt: skip
+    if greedy and temperature not in (0.0, 1.0):
+        raise RecipeError(
+            f"--greedy takes the likeliest token, and --temperature {temperature:g} draws", where="tunesmith generate",
+            remedy="leave one of both out", code="usage",
+        )  # fmt: skip
+    check_settings(settings)  # the base's vocabulary has its say later
     if prompts is not None:
         lines = read_prompts(prompts, settings.adapter)
     else:

@@ -8,7 +8,7 @@ import typer
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="the longest answer")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="1: off")]
+TopP = Annotated[float, typer.Option(max=1.0, help="above 0; 1: off")]
 TopK = Annotated[int, typer.Option(min=0, help="0: off")]
 MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="0: off")]
 RepetitionPenalty = Annotated[float, typer.Option(help="1: off")]

@@ -48,8 +48,11 @@ def train(
     log.set_up()
     loaded = load_words(recipe, sets or [], method=method, model=model, data=data, out=out, template=template)
     if print_recipe:
+        from tunesmith.objective import methods
         from tunesmith.training.door import within_context  # torch: what the base takes is a part of what is run
 
+        for stage in loaded:
+            methods(stage.recipe.objective)  # settings of objectives are no part of the recipe's own checks
         typer.echo("\n".join(dump_yaml(within_context(stage)) for stage in loaded), nl=False)
         return
     from tunesmith.cli.imports import heavy_imports

@@ -105,8 +105,15 @@ def check_rows(
 
 
 def _raise_what_is_wrong(gathered: Gathered, recipe: Recipe) -> None:
+    refused = gathered.ledger.refused if recipe.data.on_bad == "refuse" else 0
+    if refused and gathered.faults and all(fault.code == "one_label" for fault in gathered.faults):
+        raise _refused(gathered.problems, refused, "rows_refused")  # which may be why one label is left
     if gathered.faults:
         first, *others = gathered.faults
+        left_out = gathered.ledger.refused
+        if left_out and first.code == "one_label" and gathered.problems:
+            said = f"{first.message}; {left_out} rows are left out, the first: {gathered.problems[0].message}"
+            first = DataError(said, where=first.where, remedy=first.remedy, code=first.code)
         if not others:
             raise first
         message = "\n".join([first.message, *(f"{fault.where}: {fault.message}" for fault in others)])
@@ -116,8 +123,8 @@ def _raise_what_is_wrong(gathered: Gathered, recipe: Recipe) -> None:
         raise _refused(
             over, sum(reason.count for _, reason in gathered.ledger.reasons("refused") if reason.code == "over_length"), "over_length"
         )
-    if gathered.ledger.refused and recipe.data.on_bad == "refuse":
-        raise _refused(gathered.problems, gathered.ledger.refused, "rows_refused")
+    if refused:
+        raise _refused(gathered.problems, refused, "rows_refused")
     if (nothing := _nothing_left(gathered, recipe)) is not None:
         raise nothing
 

@@ -22,7 +22,7 @@ ACCURACY: dict[str, Any] = {"name": "json_fields", "label": "accuracy", "every":
 
 
 def demo(out: str | Path = "demo", *, fresh: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Train, evaluate before and after, and report in `out`; about two minutes on two cores.
+    """Train, evaluate before and after, and report in `out`; under a minute on two cores.
 
     The task is to give a ticket's {"category", "urgency"} as JSON; no sentence and no sentence frame of the test occurs in training.
     Returns {"before", "after", "intervals", "samples", "seconds", "report", "run"}: valid_json (one JSON object with both keys)

@@ -21,7 +21,7 @@ from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, check_settings, draw
-from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, not_finite, room_for, worth_copying
+from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, not_finite, room_for, token_ids, worth_copying
 from tunesmith.infer.sampler import context_limit
 from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.cached import Cache
@@ -125,8 +125,9 @@ class Engine:
         seen: Counter[tuple[int, ...]] = Counter()
         requests = []
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-            ids = tuple(int(token) for token in prompt)
-            requests.append(self._request(ids, own, where=places[number] if places else f"prompt {number}", twin=seen[ids], live=False))
+            where = places[number] if places else f"prompt {number}"
+            ids = token_ids(prompt, where)
+            requests.append(self._request(ids, own, where=where, twin=seen[ids], live=False))
             seen[ids] += 1
         try:
             for rows in requests:
@@ -144,7 +145,7 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], settings: SampleSettings) -> Request:
         """Put a request in line. Raises DataError and RecipeError as `sample`."""
-        rows = self._request(tuple(int(token) for token in prompt), settings, where="prompt", twin=0, live=True)
+        rows = self._request(token_ids(prompt, "prompt"), settings, where="prompt", twin=0, live=True)
         self._waiting.extend(rows)
         return rows[0].request
 

@@ -260,8 +260,11 @@ def _ask(row: Row, key: str) -> Ask:
         return Prompt((Message("user", given),), "", key, tools)
     if isinstance(given, list):
         return Prompt(tuple(read_turns(given, key, "messages" if "messages" in row else "prompt")), "", key, tools)
+    name = next((name for name in ("messages", "prompt") if name in row), None)
     raise DataError(
-        f"there is no prompt in the row; it has: {', '.join(map(str, row)) or 'nothing'}",
+        f"there is no prompt in the row; it has: {', '.join(map(str, row)) or 'nothing'}"
+        if name is None
+        else f"{name}: expected text or messages, got {str(given)[:80]!r}",
         where=key,
         remedy='write {"prompt": "..."} or {"messages": [...]} on every line',
         code="no_prompt",

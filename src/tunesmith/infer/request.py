@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,19 @@ class Front:
     adapter: str | None
     version: int
     kept: dict[int, tuple[Tensor, Tensor]]
+
+
+def token_ids(prompt: Sequence[int], where: str) -> tuple[int, ...]:
+    """The ids of a prompt, whatever whole numbers they are. Raises DataError `not_ids` for a text and for anything else."""
+    try:
+        return tuple(operator.index(token) for token in prompt)
+    except TypeError as error:
+        raise DataError(
+            f"a prompt is a list of token ids, and this one is {str(prompt)[:40]!r}",
+            where=where,
+            remedy="give what the tokenizer makes of it, e.g. tokenizer.encode(text)",
+            code="not_ids",
+        ) from error
 
 
 def room_for(

@@ -75,9 +75,14 @@ class Talk:
         """Forget the talk, but for its system message."""
         self.messages = list(self._system)
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything has been said."""
+        return len(self.messages) > len(self._system)
+
     def undo(self) -> bool:
         """Take back the last turn of user and model; False when there is none."""
-        if len(self.messages) == len(self._system):
+        if not self.begun:
             return False
         self.messages = self.messages[:-2]
         return True

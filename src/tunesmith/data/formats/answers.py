@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -97,11 +98,23 @@ def said(answer: Sequence[Message]) -> list[object]:
     ]
 
 
-def number(value: Any, key: str, field: str, code: str) -> float:
-    """A finite number. Raises DataError with this code when it is anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        turns.fail(key, field, code, f"expected a number, got {str(value)[:80]!r}")
-    return float(value)
+def number(value: Any, key: str, field: str, code: str, expected: str = "a number") -> float:
+    """A finite number, also as text, which is all that csv knows. Raises DataError with this code when it is anything else."""
+    read: Any = None if isinstance(value, bool) else value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            read = float(value)
+    if not isinstance(read, int | float) or not math.isfinite(read):
+        turns.fail(key, field, code, f"expected {expected}, got {str(value)[:80]!r}")
+    return float(read)
+
+
+def verdict(value: Any, key: str, field: str) -> float:
+    """A label: true or false as 1 or 0, or a number. Raises DataError `bad_label` when it is anything else."""
+    if isinstance(value, bool):
+        return float(value)
+    said = turns.VERDICTS.get(value.strip().lower()) if isinstance(value, str) else None
+    return said if said is not None else number(value, key, field, "bad_label", "true, false or a number")
 
 
 def from_transcript(text: Any) -> list[Message]:

@@ -58,4 +58,4 @@ def _value(row: Row, key: str) -> float:
     if name is None:
         near = next((near for word in row if word not in COLUMNS and (near := did_you_mean(str(word), VALUES))), "")
         turns.fail(key, "label", "label_missing", f"the answer has no label{near}", "say label: true or false, or remove the row")
-    return float(row[name]) if isinstance(row[name], bool) else answers.number(row[name], key, name, "bad_label")
+    return answers.verdict(row[name], key, name)

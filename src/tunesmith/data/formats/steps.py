@@ -70,7 +70,7 @@ def _read_lists(row: Row, key: str) -> tuple[object, list[str], list[float]]:
 def _value(label: object, key: str, place: int) -> float:
     if label is None:
         turns.fail(key, f"labels[{place}]", "label_missing", f"step {place + 1} has no label", "give it one, or remove the row")
-    return float(label) if isinstance(label, bool) else answers.number(label, key, f"labels[{place}]", "bad_label")
+    return answers.verdict(label, key, f"labels[{place}]")
 
 
 def _read_marked(row: Row, key: str) -> tuple[object, list[str], list[float]]:

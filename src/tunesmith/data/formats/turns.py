@@ -17,6 +17,7 @@ from tunesmith.data.readers import parse_json
 TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_PARTS = ("reasoning", "thinking")
 LABELS = ("label", "kto_tag")
+VERDICTS = {"true": 1.0, "false": 0.0}  # as text, in any case
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
@@ -51,8 +52,15 @@ def is_pair(row: Row) -> bool:
 
 
 def is_labelled(row: Row) -> bool:
-    """Has the row a yes or no, or a number, for a label? Words are a class, and no verdict on an answer."""
-    return any(name in row and (row[name] is None or isinstance(row[name], bool | int | float)) for name in LABELS)
+    """Has the row a yes or no, or a number, for a label? Words are a class, and no verdict on an answer.
+
+    Where a file knows text alone (csv), true, false, 0 and 1 are written as text.
+    """
+    return any(
+        name in row
+        and (row[name] is None or isinstance(row[name], bool | int | float) or str(row[name]).strip().lower() in (*VERDICTS, "0", "1"))
+        for name in LABELS
+    )
 
 
 def string(value: Any, key: str, field: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tunesmith.core.errors import DataError
 from tunesmith.core.recipe import Source
 from tunesmith.core.types import Dialog, Example, Kind, Labelled, Pair, Ranked, Steps, Text
-from tunesmith.data.detect import LOOK, check_columns, detect, hold
+from tunesmith.data.detect import LOOK, WORDS, check_columns, detect, hold
 from tunesmith.data.formats import FORMATS, KINDS
 from tunesmith.data.inspection.dialogs import DialogReport, inspect_dialogs
 from tunesmith.data.inspection.labels import LabelReport, inspect_labels
@@ -77,12 +77,27 @@ def inspect(source: Source, validation: Source | None = None, count_tokens: Coun
     reading does, "no_row" when not one row can be used, and "wrong_kind" when the held-out rows are of another kind.
     """
     found = examples_of(source, rule)
-    held = None if validation is None else examples_of(validation, rule, found.kind)
+    held = None if validation is None else _held_out(validation, rule, source, found.kind)
     report = _report(found, held, count_tokens)
     if report is None:
         first = found.problems[0]
         raise DataError(f"no row can be used; the first: {first.message}", where=first.key, remedy=first.remedy, code="no_row")
     return Inspection(source.path, found.format, found.kind, found.rows, found.problems, report)
+
+
+def _held_out(validation: Source, rule: Rule, source: Source, kind: Kind) -> Examples:
+    """The held-out rows. Raises DataError `wrong_kind` when they are of another kind."""
+    try:
+        return examples_of(validation, rule, kind)
+    except DataError as error:
+        if error.code != "wrong_kind":
+            raise
+        raise DataError(
+            f"these rows are of another kind than {source.path}, which has {WORDS[kind]}",
+            where=error.where,
+            remedy="compare files of one kind",
+            code=error.code,
+        ) from error
 
 
 def examples_of(source: Source, rule: Rule = "best_worst", kind: Kind | None = None) -> Examples:

@@ -66,7 +66,10 @@ def _pair_lines(report: PairReport) -> Lines:
 def _label_lines(report: LabelReport) -> Lines:
     yield "answers", f"{report.n:,}"
     if report.scored:
-        yield "scores", f"{report.scored:,}, from {report.lowest:g} to {report.highest:g}"
+        yield (
+            "scores",
+            f"{report.scored:,}, from {report.lowest:g} to {report.highest:g}; kto and bco learn from true and false (1, 0) alone",
+        )
     else:
         yield "labels", f"{report.desirable:,} good, {report.undesirable:,} bad"
         yield "unpaired", f"{100 * report.unpaired:.1f} % of them answer a prompt that has no answer of the other label"
