@@ -96,7 +96,7 @@ def test_rows_that_are_refused_are_told_before_the_one_label_that_they_leave(wri
     assert "expected true, false or a number, got 'bad'" in error.message
     error = refusal(recipe(path, data={"on_bad": "drop"}), tokenizer, LABELS)
     assert error.code == "one_label"
-    assert "1 rows are left out, the first: label: expected" in error.message
+    assert "left out: 1, the first: label: expected" in error.message
 
 
 def test_labels_of_a_file_that_knows_text_alone(write, tokenizer):

@@ -112,7 +112,7 @@ def _raise_what_is_wrong(gathered: Gathered, recipe: Recipe) -> None:
         first, *others = gathered.faults
         left_out = gathered.ledger.refused
         if left_out and first.code == "one_label" and gathered.problems:
-            said = f"{first.message}; {left_out} rows are left out, the first: {gathered.problems[0].message}"
+            said = f"{first.message}; left out: {left_out}, the first: {gathered.problems[0].message}"
             first = DataError(said, where=first.where, remedy=first.remedy, code=first.code)
         if not others:
             raise first
