@@ -70,24 +70,18 @@ def generate(
 ) -> None:
     """Read the prompts, sample, print."""
     from tunesmith.core import log
-    from tunesmith.core.errors import RecipeError
     from tunesmith.core.ports import SampleSettings
     from tunesmith.evals.opening import open_model
     from tunesmith.infer.draw import check_settings
     from tunesmith.infer.generate import How, Line, read_prompts
 
     log.set_up()
-    _check(prompt, prompts, raw, template)
+    _check(prompt, prompts, raw, template, greedy, temperature)
     folders = sampling.named_folders(lora)
     settings = SampleSettings(
         max_new_tokens, 0.0 if greedy else temperature, top_p, top_k, n, seed, min_p, repetition_penalty, frequency_penalty,
         presence_penalty, sampling.biases(logit_bias), tuple(stop or ()), tuple(stop_id or ()), top_logprobs, next(iter(folders), None),
     )  # fmt: skip
-    if greedy and temperature not in (0.0, 1.0):
-        raise RecipeError(
-            f"--greedy takes the likeliest token, and --temperature {temperature:g} draws", where="tunesmith generate",
-            remedy="leave one of both out", code="usage",
-        )  # fmt: skip
     check_settings(settings)  # the base's vocabulary has its say later
     if prompts is not None:
         lines = read_prompts(prompts, settings.adapter)
@@ -99,15 +93,21 @@ def generate(
     (_stream if as_text else _print_each)(opened, lines, settings, raw, how)
 
 
-def _check(prompt: str | None, prompts: Path | None, raw: bool, template: str) -> None:
+def _check(prompt: str | None, prompts: Path | None, raw: bool, template: str, greedy: bool, temperature: float) -> None:
     from tunesmith.core.errors import RecipeError
 
-    if (prompt is None) == (prompts is None):
-        raise RecipeError("give either --prompt or --prompts", where="tunesmith generate", remedy='e.g. --prompt "Hello"', code="usage")
-    if raw and template != "auto":
-        raise RecipeError(
-            "--raw and --template are given together", where="tunesmith generate", remedy="leave one of them out", code="usage"
-        )
+    wrong = (
+        ((prompt is None) == (prompts is None), "give either --prompt or --prompts", 'e.g. --prompt "Hello"'),
+        (raw and template != "auto", "--raw and --template are given together", "leave one of them out"),
+        (
+            greedy and temperature not in (0.0, 1.0),
+            f"--greedy draws nothing, and --temperature is {temperature:g}",
+            "leave one of them out",
+        ),
+    )
+    for is_so, message, remedy in wrong:
+        if is_so:
+            raise RecipeError(message, where="tunesmith generate", remedy=remedy, code="usage")
 
 
 def _print_each(opened: Opened, lines: list[Line], settings: SampleSettings, raw: bool, how: How) -> None:

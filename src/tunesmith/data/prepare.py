@@ -105,14 +105,13 @@ def check_rows(
 
 
 def _raise_what_is_wrong(gathered: Gathered, recipe: Recipe) -> None:
-    refused = gathered.ledger.refused if recipe.data.on_bad == "refuse" else 0
-    if refused and gathered.faults and all(fault.code == "one_label" for fault in gathered.faults):
+    refused, refuse = gathered.ledger.refused, recipe.data.on_bad == "refuse"
+    if refused and refuse and gathered.faults and all(fault.code == "one_label" for fault in gathered.faults):
         raise _refused(gathered.problems, refused, "rows_refused")  # which may be why one label is left
     if gathered.faults:
         first, *others = gathered.faults
-        left_out = gathered.ledger.refused
-        if left_out and first.code == "one_label" and gathered.problems:
-            said = f"{first.message}; left out: {left_out}, the first: {gathered.problems[0].message}"
+        if refused and first.code == "one_label" and gathered.problems:
+            said = f"{first.message}; left out: {refused}, the first: {gathered.problems[0].message}"
             first = DataError(said, where=first.where, remedy=first.remedy, code=first.code)
         if not others:
             raise first
@@ -123,7 +122,7 @@ def _raise_what_is_wrong(gathered: Gathered, recipe: Recipe) -> None:
         raise _refused(
             over, sum(reason.count for _, reason in gathered.ledger.reasons("refused") if reason.code == "over_length"), "over_length"
         )
-    if refused:
+    if refused and refuse:
         raise _refused(gathered.problems, refused, "rows_refused")
     if (nothing := _nothing_left(gathered, recipe)) is not None:
         raise nothing
