@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from tunesmith.core import adapters, recipe
 from tunesmith.core.types import Batch, Completion, Segment
 from tunesmith.infer.engine import Engine
 from tunesmith.model import adapter
+from tunesmith.model.arena import Arena
+from tunesmith.model.next_token import NextToken
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
 
@@ -76,6 +79,34 @@ def frozen() -> Policy:
 def engine_of(model=None, *, fast: dict[str, bool] | None = None, **options) -> Engine:
     policy = frozen() if model is None and not fast else policy_of(lively() if model is None else model, **(fast or {}))
     return Engine(policy, TOKENIZER, **options)
+
+
+class Again:
+    """Records a step by running it again, and counts."""
+
+    def __init__(self, fault: Callable[[torch.Tensor], Any] | None = None) -> None:
+        self.recorded, self.runs, self.fault = 0, 0, fault
+
+    def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], torch.Tensor]:
+        out = step()
+
+        def run() -> None:
+            self.runs += 1
+            out.copy_(step())
+            if self.fault is not None:
+                self.fault(out)
+
+        self.recorded += 1
+        return run, out
+
+
+def in_arena(policy: Policy, **options: Any) -> Engine:
+    """An engine over an arena."""
+    engine = Engine(policy, TOKENIZER, **options)
+    engine._next = NextToken(policy, spans=True)
+    engine.forget()
+    assert isinstance(engine._cache, Arena)
+    return engine
 
 
 def with_lora(model, *, rank: int = 4, seed: int = 2, size: float = 0.3, targets="all-linear"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +15,13 @@ import torch
 from engines import (
     FAMILIES,
     TOKENIZER,
+    Again,
     check_scored,
     engine_of,
     greedy_by_transformers,
     ids,
     ids_of,
+    in_arena,
     lively,
     policy_of,
     prompts_of,
@@ -37,7 +40,10 @@ from tunesmith.infer.draw import Drawn
 from tunesmith.infer.engine import Engine
 from tunesmith.infer.request import Request
 from tunesmith.infer.sampler import TransformersSampler
+from tunesmith.model import graphs
 from tunesmith.model.adapter import attach
+from tunesmith.model.arena import Arena
+from tunesmith.model.arena_feed import ArenaTokens
 from tunesmith.model.feed import NextTokens, Prompts
 from tunesmith.model.reward import with_head
 
@@ -645,15 +651,20 @@ def held(engine: Engine) -> dict[str, int]:
     """The sizes of everything that could grow with the number of requests."""
     policy, cache, many = engine.policy, engine._cache, engine.adapters
     return {
-        "active": len(engine._active), "waiting": len(engine._waiting), "pools": len(cache.pools), "at": len(cache._at),
+        "active": len(engine._active), "waiting": len(engine._waiting), "at": len(cache._at),
+        "pools": 0 if isinstance(cache, Arena) else len(cache.pools),
         "used": len(many._used), "places": len(many._places), "stacks": len(many._stacks), "copies": len(policy.copies._made),
         "hooks": sum(len(module._forward_hooks) for module in policy.causal.modules()),
     }  # fmt: skip
 
 
-def test_two_thousand_requests_leave_nothing_behind(tmp_path, plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    engine = Engine(plain.policy, TOKENIZER, stop_ids=[33], max_rows=64, cache_tokens=4500)
+@pytest.mark.parametrize("arena", [False, True], ids=["slots", "arena"])
+def test_two_thousand_requests_leave_nothing_behind(arena: bool, tmp_path, plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, again = np.random.default_rng(0), Again()
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda: again)
+    engine = (in_arena if arena else functools.partial(Engine, tokenizer=TOKENIZER))(
+        plain.policy, stop_ids=[33], max_rows=64, cache_tokens=4500
+    )
     for number, name in enumerate(("one", "two")):
         engine.adapters.load(name, save_lora(tmp_path / name, seed=number + 5, r=2 + 2 * number))
     wrong: list[tuple[list[int], SampleSettings]] = [
@@ -669,7 +680,7 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path, plain: Engine, mon
 
     def spoiled(feed: Any, rows: torch.Tensor) -> torch.Tensor:
         out = logits(feed, rows)
-        if isinstance(feed, NextTokens):
+        if isinstance(feed, (NextTokens, ArenaTokens)):
             for place, number in enumerate(feed.rows):
                 if number % 100 == 7 and len(engine._active[number].logprobs) == 3:
                     out[place] = float("nan")
@@ -705,7 +716,7 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path, plain: Engine, mon
             open_requests = []
             assert engine.load | {"cache_bytes": 0} == NOTHING
             gc.collect()
-            own = ("Request", "Row", "Growing", "Asked", "Pool", "Feed", "Prompts", "NextTokens", "Mix", "Layout")
+            own = ("Request", "Row", "Growing", "Asked", "Pool", "Feed", "Prompts", "NextTokens", "ArenaTokens", "Mix", "Layout")
             objects = sum(type(o).__name__ in own and str(type(o).__module__).startswith("tunesmith") for o in gc.get_objects())
             sizes.append((held(engine), objects - len(kept), psutil.Process().memory_info().rss))
     assert refused > 30
@@ -713,6 +724,7 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path, plain: Engine, mon
     assert sizes[0][0] == sizes[1][0]
     assert sizes[1][1] <= sizes[0][1] + 60
     assert broken >= 5
+    assert not arena or again.runs > 100
     assert sizes[1][2] <= sizes[0][2] + 32 * 2**20, "the second thousand found all memory that it needed"
     engine.forget()
     assert engine.load == NOTHING

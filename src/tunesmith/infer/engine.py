@@ -24,8 +24,7 @@ from tunesmith.infer.draw import Asked, check_settings, draw
 from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, not_finite, room_for, token_ids, worth_copying
 from tunesmith.infer.sampler import context_limit
 from tunesmith.infer.text import Growing, continuation
-from tunesmith.model.cached import Cache
-from tunesmith.model.feed import Feed, NextTokens, Prompts
+from tunesmith.model.feed import Feed
 from tunesmith.model.many_adapters import ManyAdapters
 from tunesmith.model.next_token import NextToken, positions_that_fit, unfit
 from tunesmith.model.policy import Policy
@@ -87,7 +86,7 @@ class Engine:
         self.max_rows, self.keep_fronts = max_rows, keep_fronts
         self.cache_tokens = cache_tokens or positions_that_fit(policy, int8=int8)
         self.adapters = ManyAdapters(policy, self._wanted)
-        self._cache = Cache(self.cache_tokens, int8=self._next.int8)
+        self._cache = self._next.cache(self.cache_tokens)
         self._waiting: deque[Row] = deque()
         self._active: dict[int, Row] = {}
         self._fronts: deque[Front] = deque(maxlen=keep_fronts)
@@ -182,7 +181,7 @@ class Engine:
         for request in {row.request for row in (*self._active.values(), *self._waiting)}:
             self.cancel(request)
         self._fronts.clear()
-        self._cache = Cache(self.cache_tokens, int8=self._next.int8)
+        self._cache = self._next.cache(self.cache_tokens)
 
     @property
     def limit(self) -> int | None:
@@ -282,10 +281,7 @@ class Engine:
             taken += count
         if not parts:
             return later
-        feed = Prompts(
-            self._cache, [(row.number, row.ids[row.past : row.past + count], row.past) for row, count in parts], self.policy.device,
-            len(self.policy.front),
-        )  # fmt: skip
+        feed = self._next.prompts(self._cache, [(row.number, row.ids[row.past : row.past + count], row.past) for row, count in parts])
         by_number = {row.number: (row, count) for row, count in parts}
         through = []
         for place, number in enumerate(feed.rows):
@@ -328,7 +324,7 @@ class Engine:
             while row.number in self._active and not self._cache.widen(row.number, len(row.ids)):
                 self._put_back(max(self._active.values(), key=lambda other: other.number))
         tokens = {row.number: (row.ids[-1], row.past) for row in self._active.values()}
-        feed = NextTokens(self._cache, tokens, self.policy.device)
+        feed = self._next.tokens(self._cache, tokens)
         self._advance(feed, [(place, self._active[number]) for place, number in enumerate(feed.rows)], dict.fromkeys(tokens, 1))
 
     def _put_back(self, row: Row) -> None:

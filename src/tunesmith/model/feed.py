@@ -34,7 +34,7 @@ class Feed(abc.ABC):
 
     trees: tuple[()] = ()
 
-    def __init__(self, cache: Cache, rows: Sequence[int], device: torch.device) -> None:
+    def __init__(self, cache: Any, rows: Sequence[int], device: torch.device) -> None:
         self.cache, self.rows, self.device = cache, list(rows), device
         self.kept: dict[Any, Any] = {}
         self.mix: Any = None
@@ -61,7 +61,7 @@ class Feed(abc.ABC):
 class Prompts(Feed):
     """Rows with several new tokens each: (row, ids, positions that the cache holds already), the longest first."""
 
-    def __init__(self, cache: Cache, parts: Sequence[tuple[int, Sequence[int], int]], device: torch.device, virtual: int = 0) -> None:
+    def __init__(self, cache: Any, parts: Sequence[tuple[int, Sequence[int], int]], device: torch.device, virtual: int = 0) -> None:
         parts = sorted(parts, key=lambda part: -len(part[1]))
         super().__init__(cache, [row for row, _, _ in parts], device)
         self.past = [past for _, _, past in parts]
@@ -88,9 +88,7 @@ class Prompts(Feed):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, prefix: nn.Module | None, read: Tensor | None = None
     ) -> Tensor:
         """Attention [N, H, D]; where `read` is given, the rows of other tokens may hold anything."""
-        if prefix is not None and self.fresh and (virtual := prefix_of(prefix, self.layout)) is not None:
-            turned = virtual.put(layer, key.transpose(0, 1)[None], value.transpose(0, 1)[None], self.layout)
-            key, value = (t[0].transpose(0, 1) for t in turned)
+        key, value = self._with_virtual(layer, key, value, prefix)
         slots = self._keep(layer, key, value)
         if slots is not None and form.simple and _side_by_side(query) and query.shape[2] == value.shape[2]:
             fast, multiply = native.kernels(query.dtype), native.multiplier(query.dtype)
@@ -114,6 +112,13 @@ class Prompts(Feed):
             sight = (far >= 0) & (far < form.window) if form.window else far >= 0
             out[a:b] = attend_plainly(query[None, a:b].transpose(1, 2), keys[None], values[None], form, sight)[0].transpose(0, 1)
         return out
+
+    def _with_virtual(self, layer: int, key: Tensor, value: Tensor, prefix: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """Keys and values with a prefix's own in the places of its virtual tokens, where there are any."""
+        if prefix is None or not self.fresh or (virtual := prefix_of(prefix, self.layout)) is None:
+            return key, value
+        turned = virtual.put(layer, key.transpose(0, 1)[None], value.transpose(0, 1)[None], self.layout)
+        return turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1)
 
     def _keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
         """Put the new keys and values [N, K, D] into their rows' slots; returns where those are if our compiled functions can read them."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
 from tunesmith.core.log import logger
 from tunesmith.model import quant
+from tunesmith.model.arena_feed import ArenaTokens
 from tunesmith.model.feed import Feed, Prompts
 from tunesmith.model.layout import send
 from tunesmith.model.policy import Policy
@@ -84,6 +85,7 @@ class ManyAdapters:
         self._places: list[str | None] = []
         self._used: dict[str, int] = {}
         self._stacks: dict[tuple[str, ...], Stack | None] = {}
+        self.moves = 0  # how often a stack was dropped, so that another takes its place in memory
         self._shapes: dict[str, tuple[int, int]] = {}
         self._clock = 0
         self._now: Mix | None = None
@@ -117,7 +119,7 @@ class ManyAdapters:
             self._write(self._places.index(name), factors)
         else:
             # Layers may take part now that no adapter touched before.
-            self._stacks = {paths: stack for paths, stack in self._stacks.items() if stack is not None}
+            self._drop([paths for paths, stack in self._stacks.items() if stack is None])
 
     def evict(self, name: str) -> None:
         """Forget an adapter. Raises RecipeError `unknown_adapter`, `adapter_in_use`."""
@@ -166,7 +168,7 @@ class ManyAdapters:
             place = self._places.index(None)
         elif len(self._places) < self.most_active:
             self._places.append(None)
-            self._stacks = {}
+            self._drop(list(self._stacks))
             place = len(self._places) - 1
         else:
             idle = [old for old in self._places if old not in sampled]
@@ -184,8 +186,10 @@ class ManyAdapters:
         places = np.array([-1 if name is None else self._places.index(name) for name in names])
         if isinstance(feed, Prompts):
             places = np.repeat(places, [b - a for a, b in feed.layout.spans])
-        places = np.concatenate([places, np.full(len(feed.ids) - len(places), -1)])
-        return Mix(self, places, self.policy.device)
+        # What stands in for rows of a step that may be recorded goes through what is there, so that one adapter stays alone.
+        filler = places[0] if isinstance(feed, ArenaTokens) else -1
+        places = np.concatenate([places, np.full(len(feed.ids) - len(places), filler)])
+        return Mix(self, places, self.policy.device, together=isinstance(feed, ArenaTokens))
 
     @contextlib.contextmanager
     def at_work(self, mix: Mix | None) -> Iterator[None]:
@@ -211,7 +215,12 @@ class ManyAdapters:
         for paths, stack in list(self._stacks.items()):
             touches = any(path in factors.layers for path in paths)
             if (stack is None and touches) or (stack is not None and not stack.put(place, factors)):
-                del self._stacks[paths]
+                self._drop([paths])
+
+    def _drop(self, which: Sequence[tuple[str, ...]]) -> None:
+        for paths in which:
+            del self._stacks[paths]
+        self.moves += 1
 
     def _watch(self, path: str) -> None:
         """Let a layer that runs as a module add its rows' adapters."""
@@ -296,14 +305,15 @@ class Mix:
     between: two plain products, whose weights have to be read in any case. Many tokens are brought together by adapter, and back.
     """
 
-    def __init__(self, adapters: ManyAdapters, places: np.ndarray[Any, Any], device: torch.device) -> None:
+    def __init__(self, adapters: ManyAdapters, places: np.ndarray[Any, Any], device: torch.device, *, together: bool = False) -> None:
+        """`together`: few tokens go through all adapters at once also where only some have one, and it is the same."""
         self._adapters = adapters
         self.places = send(places.astype(np.int64), device)
         self.present = sorted({int(place) for place in places} - {-1})
         members = [np.flatnonzero(places == place) for place in self.present]
         ends = np.cumsum([len(each) for each in members]).tolist()
         self.alone = ends == [len(places)]  # one adapter for all
-        self.few = len(self.present) > 1 and len(places) <= MANY
+        self.few = (len(self.present) > 1 or (together and not self.alone)) and len(places) <= MANY
         self.groups = [slice(end - len(each), end) for end, each in zip(ends, members, strict=True)]
         back = np.full(len(places), ends[-1])  # tokens without an adapter find a row of zeros behind the others
         back[np.concatenate(members)] = np.arange(ends[-1])
@@ -314,6 +324,18 @@ class Mix:
     def stack(self, paths: tuple[str, ...]) -> Stack | None:
         """The adapters' factors for layers on one input."""
         return self._adapters.stack(paths)
+
+    @property
+    def form(self) -> tuple[Any, ...] | None:
+        """What a recorded step depends on besides the numbers that `replace` moves; None where it cannot be recorded."""
+        if not (self.alone or self.few):
+            return None
+        return self._adapters.moves, self.present[0] if self.alone else None
+
+    def replace(self, other: Mix) -> None:
+        """Say what another mix of the same form says, in the same memory."""
+        self.places.copy_(other.places, non_blocking=True)
+        self._own.copy_(other._own, non_blocking=True)
 
     def add(self, spans: Mapping[str, slice], x: Tensor, y: Tensor) -> None:
         """Add to y [N, outputs of all layers] what the tokens' adapters make of x [N, in], in place; `spans`: where each layer's stand."""

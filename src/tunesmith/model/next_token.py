@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tunesmith.core.errors import RecipeError
+from tunesmith.core.log import logger
 from tunesmith.model import attention, fuse, native, reward
+from tunesmith.model.arena import Arena
+from tunesmith.model.arena_feed import ArenaPrompts, ArenaTokens
 from tunesmith.model.cached import STEP_BYTES, Cache
 from tunesmith.model.feed import Feed, NextTokens, Prompts
+from tunesmith.model.graphs import Graphs
 from tunesmith.model.memory import free_bytes
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import FAILURES, probe_batch
@@ -23,11 +27,12 @@ CACHE_SHARE = 0.5  # of the memory that is free when an engine is made, for keys
 class NextToken:
     """The sampling side of a policy. What it makes ready of frozen weights is kept from one `ready` to the next.
 
-    `int8`: the fused layers and the head multiply in 8 bits, and keys and values are kept in 8 bits.
+    `int8`: the fused layers and the head multiply in 8 bits, and keys and values are kept in 8 bits. `spans`: these lie in an arena, and
+    steps are recorded (None: as the policy says).
     Raises ModelError `no_language_head` for a reward model, RecipeError `no_int8` where no layer is fused.
     """
 
-    def __init__(self, policy: Policy, *, int8: bool = False) -> None:
+    def __init__(self, policy: Policy, *, int8: bool = False, spans: bool | None = None) -> None:
         if policy.scalar:
             raise reward.no_language_head()
         if int8 and policy.layers != "fused":
@@ -38,7 +43,27 @@ class NextToken:
                 code="no_int8",
             )
         self.policy, self.int8 = policy, int8
+        self.spans = policy.spans if spans is None else spans
+        self._graphs = Graphs(self._logits_of_step)
         self._head: Way | None = None
+
+    def cache(self, most: int | None = None) -> Cache | Arena:
+        """Room for keys and values, `most` positions at most; the one before it is not used any more."""
+        self._graphs.clear()
+        return Arena(most) if self.spans else Cache(most, int8=self.int8)
+
+    def prompts(self, cache: Cache | Arena, parts: Sequence[tuple[int, Sequence[int], int]]) -> Prompts:
+        """A feed of several new tokens each: (row, ids, positions that the cache holds already)."""
+        policy, virtual = self.policy, len(self.policy.front)
+        if isinstance(cache, Arena):
+            return ArenaPrompts(cache, parts, policy.device, virtual)
+        return Prompts(cache, parts, policy.device, virtual)
+
+    def tokens(self, cache: Cache | Arena, tokens: dict[int, tuple[int, int]]) -> NextTokens | ArenaTokens:
+        """A feed of one new token for every row of the cache: (token, positions that the cache holds already)."""
+        if isinstance(cache, Arena):
+            return ArenaTokens(cache, tokens, self.policy.device)
+        return NextTokens(cache, tokens, self.policy.device)
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -59,6 +84,7 @@ class NextToken:
     def forget(self) -> None:
         """Drop the copies of weights that sampling made for itself."""
         self._head = None
+        self._graphs.clear()
         fuse.forget_ready(self.policy.model)
 
     def logits(self, feed: Feed, rows: Tensor) -> Tensor:
@@ -66,17 +92,27 @@ class NextToken:
 
         Open `ready` around it.
         """
+        if isinstance(feed, ArenaTokens):
+            return self._graphs.logits(feed).narrow(0, 0, len(feed.rows)).index_select(0, rows)
+        return self._logits(feed, rows)
+
+    def _logits_of_step(self, feed: ArenaTokens) -> Tensor:
+        feed.kept.clear()
+        return self._logits(feed, None)
+
+    def _logits(self, feed: Feed, rows: Tensor | None) -> Tensor:
+        """Behind the tokens `rows` of a feed (None: all of them)."""
         policy = self.policy
         feed.read = rows if policy.head != "plain" else None  # transformers' own head hands on all that it gets
         arguments = {"input_ids": feed.ids[None], "position_ids": feed.positions[None], "tunesmith_layout": feed, "use_cache": False}
         with attention.packed_masks(), torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast):
             if policy.head == "plain":
                 plain: Tensor = policy.causal(**arguments).logits[0]
-                return plain.index_select(0, rows).float()
+                return (plain if rows is None else plain.index_select(0, rows)).float()
             states = fuse.states(policy.decoder(), feed) if isinstance(feed, NextTokens) else None
             if states is None:
                 states = policy.decoder()(**arguments).last_hidden_state[0]
-            if fuse.READ not in feed.kept:
+            if rows is not None and fuse.READ not in feed.kept:
                 states = states.index_select(0, rows)
         with torch.autocast(policy.device.type, enabled=False):
             head = self._head_of(states.dtype)
@@ -98,7 +134,7 @@ class NextToken:
         ids = [[*front, *batch.ids[s.start : s.stop].tolist()] for s in batch.segments]
         read = [(len(front) + len(row)) // 2 for row in ids]
         found: dict[tuple[int, int], float] = {}
-        cache = Cache(int8=self.int8)
+        cache = self.cache()
 
         def note(feed: Feed) -> None:
             logps = torch.log_softmax(self.logits(feed, feed.last), -1)
@@ -111,16 +147,16 @@ class NextToken:
                 truth = policy.score(batch).logp.tolist()
             for row in range(len(ids)):
                 cache.add(row, len(ids[row]))
-            note(Prompts(cache, [(row, ids[row][: read[row]], 0) for row in range(len(ids))], policy.device, len(front)))
+            note(self.prompts(cache, [(row, ids[row][: read[row]], 0) for row in range(len(ids))]))
             parts = [(row, ids[row][read[row] : read[row] + 2], read[row]) for row in range(len(ids))]
             for row, part, _ in parts:
                 read[row] += len(part)
-            note(Prompts(cache, parts, policy.device))
+            note(self.prompts(cache, parts))
             while left := [row for row in range(len(ids)) if read[row] < len(ids[row])]:
                 for row in range(len(ids)):
                     if row not in left and row in cache:
                         cache.drop(row)
-                feed = NextTokens(cache, {row: (ids[row][read[row]], read[row]) for row in left}, policy.device)
+                feed = self.tokens(cache, {row: (ids[row][read[row]], read[row]) for row in left})
                 for row in left:
                     read[row] += 1
                 note(feed)
@@ -149,17 +185,28 @@ def positions_that_fit(policy: Policy, *, int8: bool = False) -> int:
 def unfit(policy: Policy) -> str:
     """Why the engine cannot run a model ("" if it can): its attention is not ours, or reading token by token changes its numbers.
 
-    The second is tried once for a policy, on a few short documents.
+    The second is tried once for a policy, on a few short documents. On a GPU in bf16 they are read once more with keys and values in an
+    arena, which is used where that gives the same.
     """
     if policy.layout != "packed":
         return "its attention does not go through ours"
     if policy.cached is None:
-        try:
-            gaps = NextToken(policy).gaps()
-            gap = sum(gaps) / len(gaps) if policy.dtype == torch.bfloat16 else max(gaps)
-            # Written so that NaN is refused.
-            fine = gap <= (0.05 if policy.dtype == torch.bfloat16 else 1e-3)
-            policy.cached = "" if fine else f"reading token by token changes its log-probabilities by {gap:.1e}"
-        except FAILURES as error:
-            policy.cached = f"reading token by token fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        policy.cached = _changes(policy, spans=False)
+        if not policy.cached and policy.device.type == "cuda" and policy.dtype == torch.bfloat16:
+            why = _changes(policy, spans=True)
+            policy.spans = not why
+            if why:
+                logger.info("keys and values lie in slots, and steps of sampling are not recorded: with an arena %s", why)
     return policy.cached
+
+
+def _changes(policy: Policy, *, spans: bool) -> str:
+    """What reading token by token does to the numbers of a model, or where it fails; "" where all is well."""
+    try:
+        gaps = NextToken(policy, spans=spans).gaps()
+    except FAILURES as error:
+        return f"reading token by token fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    gap = sum(gaps) / len(gaps) if policy.dtype == torch.bfloat16 else max(gaps)
+    # Written so that NaN is refused.
+    fine = gap <= (0.05 if policy.dtype == torch.bfloat16 else 1e-3)
+    return "" if fine else f"reading token by token changes its log-probabilities by {gap:.1e}"

@@ -69,6 +69,7 @@ class Policy:
         self.virtual = Virtual(model, self.causal, self.vocabulary) if front_of(model) else None
         self.copies = Copies()
         self.cached: str | None = None  # why its rows cannot be cached while sampling; "" where they can, None before that was tried
+        self.spans = False  # whether their keys and values lie in an arena
 
     @property
     def adapted(self) -> bool:
