@@ -191,29 +191,50 @@ def test_long_prompts_are_read_in_parts_from_an_arena(monkeypatch: pytest.Monkey
 def test_adapters_of_rows_are_seen_by_recorded_steps(tmp_path: Any, again: Again) -> None:
     policy = policy_of(lively(), layer=False)  # as on a GPU the layers run as modules
     slots, arena = Engine(policy, TOKENIZER), in_arena(policy)
-    for number, name in enumerate(("one", "two", "three")):
-        folder = save_lora(tmp_path / name, seed=number + 5, r=2 + 2 * number, size=0.3)
-        slots.adapters.load(name, folder)
-        arena.adapters.load(name, folder)
-    kinds: tuple[tuple[str | None, ...], ...] = (("one",) * 6, ("two",) * 6, ("one", None, "two", "two", None, None), (None,) * 6)
-    for names in (*kinds, ("three",) * 6, *kinds, ("three", "one", None, "two", "one", "three")):
+    prompts = prompts_of((5, 6, 17, 40, 2, 23))  # all of them begin and end in the same steps
+
+    def load(name: str, rank: int) -> None:
+        folder = save_lora(tmp_path / name, seed=rank, r=rank, size=0.3)
+        for engine in (slots, arena):
+            engine.adapters.load(name, folder)
+
+    def check(names: tuple[str | None, ...]) -> None:
+        """All at once, without the arena being made anew."""
         settings = [SampleSettings(12, 0.0, adapter=name) for name in names]
-        recorded = again.recorded
-        assert ids(arena.sample(PROMPTS[:6], settings)) == ids(slots.sample(PROMPTS[:6], settings)), names
-        assert again.recorded > recorded
-    # An adapter that comes while others are at work.
-    first = [arena.submit(prompt, SampleSettings(40, 0.0, adapter="one")) for prompt in PROMPTS[:3]]
-    for _ in range(8):
-        arena.step()
-    late = save_lora(tmp_path / "late", seed=50, r=8, size=0.3)
+        requests = [arena.submit(prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
+        while arena.step():
+            pass
+        want = ids(slots.sample(prompts, settings))
+        assert [[one.ids for one in request.completions] for request in requests] == want, names
+
+    load("one", 2)
+    load("two", 4)
+    mixed = ("one", None, "two", "two", None, "one")
+    check(mixed)
+    for names, more in (
+        (mixed[::-1], False), ((*mixed[1:], "two"), False), (("one",) * 6, True), (("two",) * 6, True), (("one",) * 6, False),
+        (("one", None, None, None, None, "one"), False), ((None,) * 6, True), (mixed, False),
+    ):  # fmt: skip
+        recorded, runs = again.recorded, again.runs
+        check(names)
+        assert (again.recorded > recorded) == more, names
+        assert again.runs > runs + 6
+    load("late", 8)  # a rank and a place more: the stacks lie elsewhere
+    before = set(arena._next._graphs._known)
+    check(("late", "one", None, "late", "two", "late"))
+    check(("two", "late", "late", None, "one", "late"))
+    assert before
+    assert before.isdisjoint(arena._next._graphs._known), "steps that read the old ones are forgotten"
+
+
+def test_only_some_rows_have_the_one_adapter(tmp_path: Any, again: Again) -> None:
+    policy = policy_of(lively(), layer=False)
+    slots, arena = Engine(policy, TOKENIZER), in_arena(policy)
     for engine in (slots, arena):
-        engine.adapters.load("late", late)
-    second = [arena.submit(prompt, SampleSettings(40, 0.0, adapter="late")) for prompt in PROMPTS[3:6]]
-    while arena.step():
-        pass
-    for request, prompt in zip((*first, *second), PROMPTS[:6], strict=True):
-        [[alone]] = slots.sample([prompt], request.settings)
-        assert request.completions[0].ids == alone.ids
+        engine.adapters.load("one", save_lora(tmp_path / "one", size=0.3))
+    settings = [SampleSettings(12, 0.0, adapter=name) for name in ("one", None, None, "one")]
+    assert ids(arena.sample(PROMPTS[:4], settings)) == ids(slots.sample(PROMPTS[:4], settings))
+    assert again.runs
 
 
 def test_weights_that_moved_are_seen_by_recorded_steps(again: Again) -> None:
@@ -224,6 +245,12 @@ def test_weights_that_moved_are_seen_by_recorded_steps(again: Again) -> None:
         runs = again.runs
         check_scored(policy, PROMPTS, arena.sample(PROMPTS, replace(SETTINGS[1], max_new_tokens=12)))
         assert again.runs > runs
+    # Step by step they may move between any two, and what is read of them may lie elsewhere.
+    recorded = again.recorded
+    arena.submit(PROMPTS[0], SETTINGS[0])
+    while arena.step():
+        assert not len(arena._next._graphs)
+    assert again.recorded == recorded
 
 
 def test_a_step_that_cannot_be_recorded_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
@@ -326,12 +353,47 @@ def test_a_whole_step_reads_nothing_back(family: str, adapters: bool, tmp_path: 
         feed.mix = many.mix(feed, ["one", "two", None]) if adapters else None
         assert feed.mix is None or feed.mix.form is not None
         with many.at_work(feed.mix):
-            assert reads._logits_of_step(feed).shape == (4, 256)
+            assert reads._logits(feed, None).shape == (4, 256)
     window = FAMILIES[family].get("sliding_window", 0)
     assert asked[0][:3] == (6, 3, 3)
     assert asked[-1][:3] == (4, 1, 256)
     assert {one[3] for one in asked if one[0] == 4} <= {0, window}
     assert not window or any(one[3] == window for one in asked if one[0] == 4)
+
+
+@pytest.mark.parametrize("window", [0, 3, 200])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 1, 5)], ids=["step", "prompts"])
+def test_flash_attention_is_asked_for_what_the_plain_way_does(window: int, lengths: tuple[int, ...], monkeypatch: Any) -> None:
+    """Against a plain function by the words of PyTorch's documentation: bottom right windows, rows by `seqused_k`, grouped heads."""
+
+    def varlen(q, k, v, ends, starts, most_q, most_k, *, scale, seqused_k, window_size, enable_gqa) -> Tensor:
+        assert enable_gqa
+        assert most_q >= max(lengths)
+        assert most_k >= int(seqused_k.max())
+        out = torch.full_like(q, float("nan"))
+        for row, used in enumerate(seqused_k.tolist()):
+            a, b, start = int(ends[row]), int(ends[row + 1]), int(starts[row])
+            for i in range(a, b):
+                place = used - (b - i)
+                low = 0 if window_size[0] < 0 else max(0, place - window_size[0])
+                high = used if window_size[1] < 0 else min(used, place + window_size[1] + 1)
+                for head in range(q.shape[1]):
+                    keys, values = (t[start + low : start + high, head // 2] for t in (k, v))
+                    out[i, head] = torch.softmax(keys @ q[i, head] * scale, 0) @ values
+        return out
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
+    monkeypatch.setattr(torch, "float16", torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    starts, used = torch.tensor([64, 0, 128, 0], dtype=torch.int32), torch.tensor([9, 4, 30], dtype=torch.int32)
+    reach = arena_feed.Reach(ends, starts, used, max(lengths), 30)
+    query, keys, values = (
+        torch.randn(n, h, 8, generator=generator, dtype=torch.float64) for n, h in ((sum(lengths), 4), (192, 2), (192, 2))
+    )
+    form = attention.Form(0.3, window)
+    got = arena_feed._flash(query, keys, values, reach, form)
+    torch.testing.assert_close(got, arena_feed._one_by_one(query, keys, values, reach, form))
 
 
 def test_forms_that_flash_attention_lacks_leave_the_arena(nothing_read_back: None) -> None:

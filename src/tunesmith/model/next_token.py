@@ -44,7 +44,7 @@ class NextToken:
             )
         self.policy, self.int8 = policy, int8
         self.spans = policy.spans if spans is None else spans
-        self._graphs = Graphs(self._logits_of_step)
+        self._graphs = Graphs(lambda feed: self._logits(feed, None))
         self._head: Way | None = None
 
     def cache(self, most: int | None = None) -> Cache | Arena:
@@ -95,10 +95,6 @@ class NextToken:
         if isinstance(feed, ArenaTokens):
             return self._graphs.logits(feed).narrow(0, 0, len(feed.rows)).index_select(0, rows)
         return self._logits(feed, rows)
-
-    def _logits_of_step(self, feed: ArenaTokens) -> Tensor:
-        feed.kept.clear()
-        return self._logits(feed, None)
 
     def _logits(self, feed: Feed, rows: Tensor | None) -> Tensor:
         """Behind the tokens `rows` of a feed (None: all of them)."""
