@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from tunesmith.core.types import Batch, Completion, Segment
 from tunesmith.infer.engine import Engine
 from tunesmith.model import adapter
 from tunesmith.model.arena import Arena
+from tunesmith.model.many_adapters import ManyAdapters
 from tunesmith.model.next_token import NextToken
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
@@ -82,17 +84,19 @@ def engine_of(model=None, *, fast: dict[str, bool] | None = None, **options) -> 
 
 
 class Again:
-    """Records a step by running it again, and counts."""
+    """Records a step by running it again, and counts. `many`: what the step reads of its rows' adapters is that of the recorded one."""
 
     def __init__(self, fault: Callable[[torch.Tensor], Any] | None = None) -> None:
         self.recorded, self.runs, self.fault = 0, 0, fault
+        self.many: ManyAdapters | None = None
 
     def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], torch.Tensor]:
-        out = step()
+        out, mix = step(), None if self.many is None else self.many._now
 
         def run() -> None:
             self.runs += 1
-            out.copy_(step())
+            with contextlib.nullcontext() if self.many is None else self.many.at_work(mix):
+                out.copy_(step())
             if self.fault is not None:
                 self.fault(out)
 

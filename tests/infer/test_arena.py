@@ -191,6 +191,7 @@ def test_long_prompts_are_read_in_parts_from_an_arena(monkeypatch: pytest.Monkey
 def test_adapters_of_rows_are_seen_by_recorded_steps(tmp_path: Any, again: Again) -> None:
     policy = policy_of(lively(), layer=False)  # as on a GPU the layers run as modules
     slots, arena = Engine(policy, TOKENIZER), in_arena(policy)
+    again.many = arena.adapters
     prompts = prompts_of((5, 6, 17, 40, 2, 23))  # all of them begin and end in the same steps
 
     def load(name: str, rank: int) -> None:
