@@ -227,9 +227,11 @@ def on_gpu(bench: Bench, words: argparse.Namespace, cuda: bool) -> Result:
     found: dict[str, list[Result]] = {}
     for rows in (4,) if words.quick else (64, 256):
         case = replace(cases(bench.work, words.quick)["single"], name="gpu-8b", rows=rows)
-        found[str(rows)] = slim(bench.child("gpu", case, {"quick": words.quick}) for _ in range(words.runs))
-        shares, rates = (spread([run[name] for run in found[str(rows)]]) for name in ("share", "decode_tokens_per_s"))
-        say(f"  {rows} rows: {ranged(rates, whole)} tokens/s, {ranged(shares, two)} of what the memory's bandwidth allows")
+        for recorded in (True, False):
+            name = f"{rows} rows, {'recorded' if recorded else 'step by step'}"
+            found[name] = slim(bench.child("gpu", case, {"quick": words.quick, "recorded": recorded}) for _ in range(words.runs))
+            shares, rates = (spread([run[figure] for run in found[name]]) for figure in ("share", "decode_tokens_per_s"))
+            say(f"  {name}: {ranged(rates, whole)} tokens/s, {ranged(shares, two)} of what the memory's bandwidth allows")
     return {"runs": found}
 
 

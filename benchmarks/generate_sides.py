@@ -6,6 +6,7 @@ Prompts are random ids and no token ends an answer, so that every side writes th
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -292,7 +293,10 @@ def copy_speed() -> float:
 
 
 def gpu(case: Case, setting: Setting) -> Result:
-    """An 8B shape with random weights: seconds of a step at `case.rows` rows, against reading the weights and the cache once."""
+    """An 8B shape with random weights: seconds of a step at `case.rows` rows, against reading the weights and the cache once.
+
+    With steps recorded as CUDA graphs (`recorded`) or not; `arena` and `recorded` of the result say what the engine really did.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -303,6 +307,7 @@ def gpu(case: Case, setting: Setting) -> Result:
     from tunesmith.model.probe import settle
     from tunesmith.model.tokenizer import load_tokenizer
 
+    os.environ["TUNESMITH_GRAPHS"] = "1" if setting["recorded"] else "0"
     bandwidth = copy_speed()
     shape = LLAMA_8B | ({"num_hidden_layers": 2} if setting.get("quick") else {})
     torch.manual_seed(0)
@@ -333,6 +338,7 @@ def gpu(case: Case, setting: Setting) -> Result:
     return found(
         case, tokens, seconds, prompt_seconds=prompt_seconds, step_seconds=step, floor_seconds=floor, share=floor / step,
         decode_tokens_per_s=case.rows / step, bandwidth_gb_s=bandwidth / 1e9, weights_gb=weights / 1e9, device=torch.cuda.get_device_name(),
+        arena=policy.spans, recorded=policy.spans and not engine._next._graphs.off,
     )  # fmt: skip
 
 
