@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.core.errors import RecipeError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.model import native
+from tunesmith.model.layout import send
 
 BLOCKS = (256, 64)  # probabilities are summed by blocks of the vocabulary first
 CANDIDATES = (64, 1024, 8192)  # of the likeliest tokens, that top_p is looked for in before the whole vocabulary is sorted
@@ -48,7 +50,7 @@ def draw(logits: Tensor, rows: Sequence[Asked], uniform: Sequence[float]) -> Dra
     The sum runs in vocabulary order, in float64 from block to block, so that neither the batch nor a near tie can reorder it. `logits`
     is left as it is.
     """
-    numbers = torch.tensor(uniform, dtype=torch.float64, device=logits.device)
+    numbers = send(np.array(uniform, np.float64), logits.device)
     kernels = native.kernels(torch.float32) if logits.device.type == "cpu" else None
     if kernels is None:
         tokens, log_total, rest = _by_operations(logits, rows, numbers)
@@ -61,7 +63,8 @@ def draw(logits: Tensor, rows: Sequence[Asked], uniform: Sequence[float]) -> Dra
         chosen = [rows[i] for i in rest]
         _fill(tokens, rest, _narrowed(_rows(logits, rest), chosen, _rows(numbers, rest)))
     logprobs = logits.gather(1, tokens[:, None])[:, 0].double() - log_total
-    return Drawn(tokens.tolist(), logprobs.tolist(), _tops(logits, log_total, rows))
+    told, values = torch.stack([tokens.double(), logprobs]).tolist()  # a GPU is waited for once; ids are whole in fp64
+    return Drawn([int(token) for token in told], values, _tops(logits, log_total, rows))
 
 
 def _by_operations(logits: Tensor, rows: Sequence[Asked], numbers: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -153,11 +156,14 @@ def _by_block(logits: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, places: list[int]) -> Tensor:
-    return tensor if len(places) == len(tensor) else tensor[torch.tensor(places, device=tensor.device)]
+    return tensor if len(places) == len(tensor) else tensor[send(np.array(places, np.int64), tensor.device)]
 
 
 def _fill(tokens: Tensor, places: list[int], found: Tensor) -> None:
-    tokens[torch.tensor(places, device=tokens.device)] = found
+    if len(places) == len(tokens):
+        tokens.copy_(found)
+    else:
+        tokens[send(np.array(places, np.int64), tokens.device)] = found
 
 
 def _argmax(blocks: Tensor) -> Tensor:
