@@ -52,6 +52,7 @@ def again(monkeypatch: pytest.MonkeyPatch) -> Again:
     """The recorder of all engines that are made in the test."""
     recorder = Again()
     monkeypatch.setattr(graphs, "CudaRecorder", lambda: recorder)
+    monkeypatch.setattr(graphs, "PATIENCE", 2)
     return recorder
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tunesmith.core.log import logger
 from tunesmith.model.arena_feed import ArenaTokens
 
-PATIENCE = 2  # ordinary steps of a kind before one is recorded
+PATIENCE = 8  # ordinary steps of a kind before one is recorded, which takes about as long as so many
 MOST_GAP = 0.05  # mean difference of log-probabilities, as of the sampling side from the trainer's in bf16
 SWITCH = "TUNESMITH_GRAPHS"  # 0 in the environment: nothing is recorded
 
