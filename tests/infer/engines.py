@@ -87,21 +87,24 @@ class Again:
     """Records a step by running it again, and counts. `many`: what the step reads of its rows' adapters is that of the recorded one."""
 
     def __init__(self, fault: Callable[[torch.Tensor], Any] | None = None) -> None:
-        self.recorded, self.runs, self.fault = 0, 0, fault
+        self.recorded, self.runs, self.forgotten, self.fault = 0, 0, 0, fault
         self.many: ManyAdapters | None = None
 
-    def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], torch.Tensor]:
-        out, mix = step(), None if self.many is None else self.many._now
+    def __call__(self, step: Callable[[], torch.Tensor], _device: torch.device) -> Callable[[], Any]:
+        mix = None if self.many is None else self.many._now
 
         def run() -> None:
             self.runs += 1
             with contextlib.nullcontext() if self.many is None else self.many.at_work(mix):
-                out.copy_(step())
+                out = step()
             if self.fault is not None:
                 self.fault(out)
 
         self.recorded += 1
-        return run, out
+        return run
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
 
 def in_arena(policy: Policy, **options: Any) -> Engine:

@@ -25,8 +25,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
 
     class Counting(CudaRecorder):
-        def __call__(self, step: Any) -> Any:
-            out = super().__call__(step)
+        def __call__(self, step: Any, device: torch.device) -> Any:
+            out = super().__call__(step, device)
             made.append(1)
             return out
 

@@ -7,6 +7,7 @@ that ends makes room at once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import Counter, deque
@@ -23,7 +24,7 @@ from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, check_settings, draw
 from tunesmith.infer.request import WORTH, Front, Piece, Request, Row, common, not_finite, room_for, token_ids, worth_copying
 from tunesmith.infer.sampler import context_limit
-from tunesmith.infer.text import Growing, continuation
+from tunesmith.infer.text import Growing
 from tunesmith.model.feed import Feed
 from tunesmith.model.many_adapters import ManyAdapters
 from tunesmith.model.next_token import NextToken, positions_that_fit, unfit
@@ -77,12 +78,8 @@ class Engine:
             logger.info(said, len(gaps), str(policy.dtype).removeprefix("torch."), sum(gaps) / len(gaps))
         self.stop_ids = tuple(dict.fromkeys(int(token) for token in stop_ids))
         if keep_fronts and policy.parameters_by_name():
-            raise RecipeError(
-                "fronts are kept for weights that do not move, and these are trained",
-                where="keep_fronts",
-                remedy="use 0",
-                code="bad_setting",
-            )
+            why = "fronts are kept for weights that do not move, and these are trained"
+            raise RecipeError(why, where="keep_fronts", remedy="use 0", code="bad_setting")
         self.max_rows, self.keep_fronts = max_rows, keep_fronts
         self.cache_tokens = cache_tokens or positions_that_fit(policy, int8=int8)
         self.adapters = ManyAdapters(policy, self._wanted)
@@ -99,7 +96,12 @@ class Engine:
         Raises DataError for an empty prompt or one that fills the context; RecipeError for impossible settings; ModelError
         `not_finite` when the model says NaN or infinity.
         """
-        return list(self.answers(prompts, settings))
+        requests = self._line_up(prompts, settings)
+        try:
+            with self._next.ready():
+                return [self._answer(request) for request in requests]
+        finally:
+            self.forget()
 
     def answers(
         self, prompts: Sequence[Sequence[int]], settings: SampleSettings | Sequence[SampleSettings], places: Sequence[str] = ()
@@ -108,11 +110,23 @@ class Engine:
 
         `places`: what errors call the prompts.
         """
+        requests = self._line_up(prompts, settings, places)
+        try:
+            for request in requests:
+                with contextlib.nullcontext() if request.done else self._next.ready():
+                    done = self._answer(request)
+                yield done
+        finally:
+            self.forget()
+
+    def _line_up(
+        self, prompts: Sequence[Sequence[int]], settings: SampleSettings | Sequence[SampleSettings], places: Sequence[str] = ()
+    ) -> list[Request]:
+        """The requests of a list of prompts, in line."""
         each = [settings] * len(prompts) if isinstance(settings, SampleSettings) else list(settings)
         if len(each) != len(prompts):
-            raise RecipeError(
-                f"{len(each)} settings for {len(prompts)} prompts", where="settings", remedy="give one for each, or one for all"
-            )
+            why = f"{len(each)} settings for {len(prompts)} prompts"
+            raise RecipeError(why, where="settings", remedy="give one for each, or one for all")
         if self._waiting or self._active:
             raise RecipeError(
                 "other requests are open in this engine, which a list of prompts would end",
@@ -128,19 +142,16 @@ class Engine:
             ids = token_ids(prompt, where)
             requests.append(self._request(ids, own, where=where, twin=seen[ids], live=False))
             seen[ids] += 1
-        try:
-            for rows in requests:
-                self._waiting.extend(rows)
-            for request in (rows[0].request for rows in requests):
-                if not request.done:
-                    with self._next.ready():
-                        while not request.done:
-                            self._step()
-                if request.error is not None:
-                    raise request.error
-                yield [one for one in request.completions if one is not None]
-        finally:
-            self.forget()
+        self._waiting.extend(row for rows in requests for row in rows)
+        return [rows[0].request for rows in requests]
+
+    def _answer(self, request: Request) -> list[Completion]:
+        """Sample until a request is done. Raises its error."""
+        while not request.done:
+            self._step()
+        if request.error is not None:
+            raise request.error
+        return [one for one in request.completions if one is not None]
 
     def submit(self, prompt: Sequence[int], settings: SampleSettings) -> Request:
         """Put a request in line. Raises DataError and RecipeError as `sample`."""
@@ -233,6 +244,7 @@ class Engine:
         logger.info("out of memory while sampling %d rows at once: going on with %d", len(self._active), self.max_rows)
         for row in sorted(self._active.values(), key=lambda row: -row.number)[: len(self._active) - self.max_rows]:
             self._put_back(row)
+        self._next.unrecord()
         torch.cuda.empty_cache()
 
     def _admit(self) -> None:
@@ -240,10 +252,17 @@ class Engine:
         while self._waiting and len(self._active) < self.max_rows:
             row = self._waiting[0]
             length = len(row.ids) + min(HEADROOM, row.room - len(row.logprobs))
-            if not self._cache.fits(length) or not self.adapters.make_active(row.adapter, self._names()):
+            try:
+                if not self._cache.fits(length) or not self.adapters.make_active(row.adapter, self._names()):
+                    return
+                self._cache.add(row.number, length)
+            except torch.OutOfMemoryError:
+                if not self._active:
+                    raise
+                self.max_rows = len(self._active)
+                logger.info("out of memory for one more row: going on with %d", self.max_rows)
                 return
             self._waiting.popleft()
-            self._cache.add(row.number, length)
             row.past = 0
             self._active[row.number] = row
 
@@ -372,17 +391,7 @@ class Engine:
 
     def _finish(self, row: Row, reason: Literal["stop", "length", "cancelled"]) -> None:
         """The row's completion; its slot is free at once."""
-        answer = row.answer
-        if row.text is not None:
-            text = row.text.text
-        else:
-            said = answer[:-1] if answer and answer[-1] in row.stops else answer
-            text = continuation(self.tokenizer, row.request.prompt, said).removeprefix(self.lead)
-        done = Completion(text, tuple(answer), tuple(row.logprobs), reason, tuple(row.tops))
-        row.request.completions[row.index] = done
-        if row.request.live and row.text is not None:
-            new = slice(len(answer), None) if reason == "cancelled" else slice(len(answer) - 1, None)
-            row.request.pieces.append(Piece(row.index, row.text.ready(end=True), tuple(answer[new]), tuple(row.logprobs[new]), done))
+        row.end(reason, self.tokenizer, self.lead)
         if row.number in self._active:
             if self.keep_fronts and row.past >= WORTH and row.request.error is None:
                 kept = self._cache.take(row.number, row.past)

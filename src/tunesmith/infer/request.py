@@ -6,7 +6,7 @@ import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +15,7 @@ from tunesmith.core.errors import DataError, ModelError, TunesmithError
 from tunesmith.core.ports import SampleSettings
 from tunesmith.core.types import Completion
 from tunesmith.infer.draw import Asked
-from tunesmith.infer.text import Growing
+from tunesmith.infer.text import Growing, continuation
 
 WORTH = 32  # a shared front that is shorter than this, or than a quarter of the row, is read again
 
@@ -80,6 +80,20 @@ class Row:
     @property
     def adapter(self) -> str | None:
         return self.request.settings.adapter
+
+    def end(self, reason: Literal["stop", "length", "cancelled"], tokenizer: Any, lead: str) -> None:
+        """Put the completion, and of a live request the last piece, into the request."""
+        answer, request = self.answer, self.request
+        if self.text is not None:
+            text = self.text.text
+        else:
+            said = answer[:-1] if answer and answer[-1] in self.stops else answer
+            text = continuation(tokenizer, request.prompt, said).removeprefix(lead)
+        done = Completion(text, tuple(answer), tuple(self.logprobs), reason, tuple(self.tops))
+        request.completions[self.index] = done
+        if request.live and self.text is not None:
+            new = slice(len(answer), None) if reason == "cancelled" else slice(len(answer) - 1, None)
+            request.pieces.append(Piece(self.index, self.text.ready(end=True), tuple(answer[new]), tuple(self.logprobs[new]), done))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,6 @@ there. K key heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
@@ -70,7 +69,7 @@ class Spans:
         """The blocks that the line would grow by, one after the other: each doubles it, the last ones fill it up to `most`."""
         size = self.size
         while True:
-            block = size or FIRST
+            block = size & -size or FIRST  # doubles a whole line; one that was filled up goes on by what keeps spans at multiples
             if self.most is not None and size + block > self.most and not beyond:
                 room = self.most - size
                 if room < NARROWEST:
@@ -85,8 +84,8 @@ class Spans:
 class Arena:
     """Spans of all rows; a row is known by a number of the caller's. `most` positions at most are held (None: no limit).
 
-    `grown` counts how often keys and values moved to another place in memory. One span, of `NARROWEST` positions, belongs to no row: where
-    what stands in for rows that a recorded step does not have goes.
+    `grown` counts how often keys and values moved to another place in memory. Behind all spans are `NARROWEST` positions that belong to no
+    row, from `nowhere` on: there goes what stands in for rows that a recorded step does not have.
     """
 
     int8 = False
@@ -98,9 +97,7 @@ class Arena:
         self.grown = 0
         self._spans = Spans(most)
         self._at: dict[int, tuple[int, int]] = {}
-        nowhere = self._spans.take(NARROWEST, beyond=True)
-        assert nowhere is not None
-        self.nowhere = nowhere
+        self.nowhere = 0
 
     def __len__(self) -> int:
         return len(self._at)
@@ -186,8 +183,8 @@ class Arena:
     def room(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values [positions, K, D], made when its first tokens [.., K, D] arrive: only they know heads and widths."""
         if layer not in self.keys:
-            for held, like in ((self.keys, key), (self.values, value)):
-                held[layer] = like.new_zeros(self._spans.size, *like.shape[-2:])
+            made = [like.new_zeros(self.nowhere + NARROWEST, *like.shape[-2:]) for like in (key, value)]
+            self.keys[layer], self.values[layer] = made  # both or none
         return self.keys[layer], self.values[layer]
 
     def bytes(self) -> int:
@@ -195,16 +192,25 @@ class Arena:
         return sum(t.numel() * t.element_size() for held in (self.keys, self.values) for t in held.values())
 
     def _take(self, width: int, *, beyond: bool) -> int | None:
-        before = self._spans.size
         start = self._spans.take(width, beyond=beyond)
-        if self._spans.size != before and self.keys:
-            self.grown += 1
-            for held in (self.keys, self.values):
-                for layer, old in held.items():
-                    new: Any = old.new_zeros(self._spans.size, *old.shape[1:])
-                    new.narrow(0, 0, len(old)).copy_(old)
-                    held[layer] = new
+        if start is not None and self.nowhere < self._spans.size:
+            try:
+                self._grow()
+            except BaseException:  # no memory: the next one tries again
+                self._spans.give(start, width)
+                raise
         return start
+
+    def _grow(self) -> None:
+        """Make keys and values as long as the line has become. Left half-way the rows are as they were."""
+        self.grown += 1
+        for held in (self.keys, self.values):
+            for layer, old in held.items():
+                if len(old) < self._spans.size + NARROWEST:
+                    new = old.new_zeros(self._spans.size + NARROWEST, *old.shape[1:])
+                    new.narrow(0, 0, self.nowhere).copy_(old.narrow(0, 0, self.nowhere))
+                    held[layer] = new
+        self.nowhere = self._spans.size
 
     def _copy(self, start: int, to: int, count: int) -> None:
         for held in (*self.keys.values(), *self.values.values()):

@@ -85,7 +85,7 @@ class ManyAdapters:
         self._places: list[str | None] = []
         self._used: dict[str, int] = {}
         self._stacks: dict[tuple[str, ...], Stack | None] = {}
-        self.moves = 0  # how often a stack was dropped, so that another takes its place in memory
+        self.moves = 0  # how often what a recorded step reads of the stacks came to lie elsewhere
         self._shapes: dict[str, tuple[int, int]] = {}
         self._clock = 0
         self._now: Mix | None = None
@@ -227,6 +227,7 @@ class ManyAdapters:
         if path in self._watched:
             return
         self._watched.add(path)
+        self.moves += 1  # a recorded step does not know of the hook
 
         def add(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self._now is None:

@@ -44,7 +44,8 @@ class NextToken:
             )
         self.policy, self.int8 = policy, int8
         self.spans = policy.spans if spans is None else spans
-        self._graphs = Graphs(lambda feed: self._logits(feed, None))
+        # Virtual tokens are looked for among the ids, for which a GPU is waited for.
+        self._graphs = Graphs(lambda feed: self._logits(feed, None), off=policy.virtual is not None)
         self._head: Way | None = None
 
     def cache(self, most: int | None = None) -> Cache | Arena:
@@ -80,6 +81,10 @@ class NextToken:
                 self.forget()
             for module in modes:
                 module.training = True
+
+    def unrecord(self) -> None:
+        """Give the memory of recorded steps back."""
+        self._graphs.clear()
 
     def forget(self) -> None:
         """Drop the copies of weights that sampling made for itself."""
@@ -156,6 +161,7 @@ class NextToken:
                 for row in left:
                     read[row] += 1
                 note(feed)
+        self.unrecord()
         places = [(row, place) for row, s in enumerate(batch.segments) for place in range(1, s.stop - s.start)]
         return [abs(found[where] - logp) for where, logp in zip(places, truth, strict=True) if where in found]
 
