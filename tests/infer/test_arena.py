@@ -157,6 +157,8 @@ def test_an_arena_that_finds_no_memory_stays_as_it_was(monkeypatch: pytest.Monke
     with pytest.raises(torch.OutOfMemoryError):
         arena.add(1, 5000)
     assert 1 not in arena
+    arena.add(2, 100)
+    assert arena.where(2)[0] + 128 <= arena.nowhere, "what is there is enough for it"
     assert arena.grown == grown + 1, "recorded steps must not read what moved"
     arena.add(1, 5000)
     for layer in range(3):

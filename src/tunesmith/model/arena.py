@@ -193,10 +193,10 @@ class Arena:
 
     def _take(self, width: int, *, beyond: bool) -> int | None:
         start = self._spans.take(width, beyond=beyond)
-        if start is not None and self.nowhere < self._spans.size:
+        if start is not None and start + width > self.nowhere:
             try:
                 self._grow()
-            except BaseException:  # no memory: the next one tries again
+            except BaseException:  # no memory: the next one that lies there tries again
                 self._spans.give(start, width)
                 raise
         return start
