@@ -463,6 +463,14 @@ def test_virtual_tokens_take_room(plain: Engine) -> None:
     assert caught.value.code == "prompt_too_long"
 
 
+@pytest.mark.parametrize("name", ["max_rows", "cache_tokens"])
+def test_an_engine_without_room_is_refused(name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(RecipeError) as caught:
+            engine_of(**{name: value})
+        assert (caught.value.code, caught.value.where) == ("bad_setting", name)
+
+
 def test_models_that_it_cannot_run_are_refused() -> None:
     with pytest.raises(RecipeError) as caught:
         engine_of(make_model("falcon"))

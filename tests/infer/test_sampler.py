@@ -16,7 +16,7 @@ from tunesmith.core.ports import SampleSettings
 from tunesmith.core.recipe import Fast, Recipe
 from tunesmith.core.types import Batch, Segment
 from tunesmith.infer.draw import Asked, draw
-from tunesmith.infer.sampler import TransformersSampler, generating
+from tunesmith.infer.sampler import TransformersSampler, _requests, generating
 from tunesmith.model.adapter import attach
 from tunesmith.model.policy import Policy
 from tunesmith.model.probe import settle
@@ -193,3 +193,9 @@ def test_what_is_sampled_is_what_is_scored_under_every_adapter(name: str, tokeni
     with policy.adapter_disabled():
         off = check()
     assert on != off
+
+
+def test_a_text_in_place_of_ids_is_refused_by_the_plain_and_the_remote_sampler() -> None:
+    with pytest.raises(DataError) as caught:
+        _requests(["hello"], SampleSettings(), None)
+    assert (caught.value.code, caught.value.where) == ("not_ids", "prompt 0")

@@ -279,6 +279,14 @@ REFUSED = {
     "not a number": ("bad_adapter", lambda f: save_lora(f, size=float("nan"))),
     "infinite": ("bad_adapter", lambda f: save_lora(f, size=float("inf"))),
     "embedding": ("bad_adapter", lambda f: save_lora(f, target_modules=["embed_tokens", "q_proj"])),
+    "head": ("bad_adapter", lambda f: save_lora(f, target_modules=["lm_head", "q_proj"], base=lively(tie_word_embeddings=False))),
+}
+SAID = {
+    "another width": "does not fit this base",
+    "not a number": "NaN or infinity",
+    "infinite": "NaN or infinity",
+    "embedding": "changes the embedding (model.embed_tokens)",
+    "head": "changes the head (lm_head)",
 }
 
 
@@ -291,6 +299,7 @@ def test_what_cannot_be_mixed_is_refused(name: str, tmp_path: Path, folders: dic
         with pytest.raises((RecipeError, ModelError)) as caught:
             engine.adapters.load(key, folder)
         assert caught.value.code == code, str(caught.value)
+        assert SAID.get(name, "") in caught.value.message
         assert caught.value.remedy
         assert caught.value.where
     assert engine.adapters.names == ["good"]
@@ -315,7 +324,12 @@ def test_folders_that_are_no_adapter_are_refused(tmp_path: Path, folders: dict[s
     (broken / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError) as caught:
         engine.adapters.load("odd", broken)
-    assert caught.value.code == "bad_adapter"
+    assert (caught.value.code, "has no weights" in caught.value.message) == ("bad_adapter", True), "PEFT would ask the hub"
+    for content in ('{"r": ', "[]"):
+        (broken / "adapter_config.json").write_text(content)
+        with pytest.raises(ModelError) as caught:
+            engine.adapters.load("odd", broken)
+        assert (caught.value.code, "adapter_config.json cannot be read" in caught.value.message) == ("bad_adapter", True)
     assert engine.adapters.names == []
 
 

@@ -32,7 +32,7 @@ Ctrl-C           stop an answer, clear the line"""
 HOW_TO_LEAVE = "/quit or Ctrl-D ends the talk"
 # What to do in a talk is not what to do with a single prompt.
 REMEDIES = {
-    "unknown_adapter": "adapters are named where the talk begins: --lora NAME=FOLDER; /adapter alone goes on with the base",
+    "unknown_adapter": "adapters are named where the talk begins, --lora NAME=FOLDER; /adapter alone goes on with the base",
     "prompt_too_long": "the talk fills the context: /undo takes the last turn back, /reset forgets all of it",
 }
 
@@ -110,6 +110,8 @@ def _turn(talk: Any, said: str) -> None:
             _answer(talk, said)
     except TunesmithError as error:
         remedy = REMEDIES.get(error.code, error.remedy)
+        if error.code == "unknown_adapter":
+            remedy += "; " + error.remedy.rpartition("; ")[2]  # which are loaded
         if error.code == "prompt_too_long" and not talk.begun:
             remedy = "say it in fewer words, or shorten --system: there is no turn to take back"
         told = TunesmithError(error.message, where=error.where, remedy=remedy)

@@ -65,6 +65,9 @@ def _usage(error: Any) -> TunesmithError:
 def _refused(error: OSError) -> TunesmithError:
     """What the operating system refused, where no nearer place knew better."""
     where = str(error.filename or "")
+    if error.errno in FULL and not where:
+        said, remedy = "there is no room for what is printed", "free some space, or print elsewhere, and run the same command again"
+        return TunesmithError(said, where="standard output", remedy=remedy, code="disk_full")
     if error.errno in FULL:
         return full_disk(Path(where))
     return TunesmithError(

@@ -98,6 +98,7 @@ def _check(prompt: str | None, prompts: Path | None, raw: bool, template: str, g
 
     wrong = (
         ((prompt is None) == (prompts is None), "give either --prompt or --prompts", 'e.g. --prompt "Hello"'),
+        (str(prompts) == "-", "--prompts reads a file, and not the standard input", "write the rows into a file, e.g. prompts.jsonl"),
         (raw and template != "auto", "--raw and --template are given together", "leave one of them out"),
         (
             greedy and temperature not in (0.0, 1.0),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -20,6 +24,11 @@ app = typer.Typer(
 
 def run() -> None:
     """Entry point of the `tunesmith` command."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, Path(os.devnull).open("w" if number else "r"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="tunesmith")  # what its encoding lacks, as JSON writes it
     status = main(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; a further Ctrl-C must not change the status
     sys.exit(status)
@@ -31,6 +40,18 @@ def main(arguments: list[str]) -> int:
     from tunesmith.cli.ending import guarded
 
     return guarded(app, arguments)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Characters that an encoding lacks, as JSON escapes them."""
+    import json
+
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("tunesmith", _escaped)
 
 
 def say(value: Any) -> None:

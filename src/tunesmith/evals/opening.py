@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from tunesmith.core.card import Card, read_card
+from tunesmith.core.errors import ModelError
 from tunesmith.data.template import ChatTemplate, choose_template
 from tunesmith.model.build import load_policy
 from tunesmith.model.policy import Policy
@@ -32,9 +33,14 @@ def open_model(name: str, *, adapter: str | None = None, template: str = "auto",
     With template "auto" a result of ours is prompted with the template and the options that it was trained with.
     Raises ModelError when there is no such model, TemplateError when it has no chat template and none is named.
     """
-    folder = resolve(adapter if adapter is not None else name)
+    try:
+        folder = resolve(adapter if adapter is not None else name)
+        tokenizer = load_tokenizer(folder)
+    except ModelError as error:
+        if adapter is None or error.code != "no_model":
+            raise
+        raise ModelError(error.message, where="--adapter", remedy=error.remedy, code=error.code) from error
     card = read_card(folder)
-    tokenizer = load_tokenizer(folder)
     trained_plain = card is not None and card.template == "none"
     wanted = "none" if template == "auto" and trained_plain else template
     chosen = choose_template(tokenizer, wanted, card.template_options if card is not None and wanted == "auto" else None)

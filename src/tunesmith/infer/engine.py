@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from typing import Any, Literal
@@ -68,8 +69,9 @@ class Engine:
             raise RecipeError(
                 f"the engine cannot run this model: {reason}", where="model", remedy="use TransformersSampler", code="no_engine"
             )
-        if max_rows < 1:
-            raise RecipeError(f"max_rows is {max_rows}", where="max_rows", remedy="use at least 1", code="bad_setting")
+        for name, value in (("max_rows", max_rows), ("cache_tokens", 1 if cache_tokens is None else cache_tokens)):
+            if value < 1:
+                raise RecipeError(f"{name} is {value}", where=name, remedy="use at least 1", code="bad_setting")
         self.policy, self.tokenizer, self.lead = policy, tokenizer, lead
         self._next = NextToken(policy, int8=int8)
         if int8:
@@ -128,12 +130,9 @@ class Engine:
             why = f"{len(each)} settings for {len(prompts)} prompts"
             raise RecipeError(why, where="settings", remedy="give one for each, or one for all")
         if self._waiting or self._active:
-            raise RecipeError(
-                "other requests are open in this engine, which a list of prompts would end",
-                where="sample",
-                remedy="let them end, use submit for these too, or make another engine",
-                code="engine_busy",
-            )
+            why = "other requests are open in this engine, which a list of prompts would end"
+            remedy = "let them end, use submit for these too, or make another engine"
+            raise RecipeError(why, where="sample", remedy=remedy, code="engine_busy")
         self.forget()
         seen: Counter[tuple[int, ...]] = Counter()
         requests = []
@@ -185,7 +184,8 @@ class Engine:
             if request.error is not None:
                 raise request.error
         finally:
-            self.cancel(request)
+            if not sys.is_finalizing():  # a stream that was left open when Python ends finds half of it gone
+                self.cancel(request)
 
     def forget(self) -> None:
         """Drop all rows, requests in line and kept fronts, and give the cache's memory back."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core.card import read_card
 from tunesmith.core.errors import DataError, RecipeError, TemplateError, did_you_mean
 from tunesmith.core.log import logger
 from tunesmith.core.ports import SampleSettings
@@ -25,6 +26,7 @@ from tunesmith.infer.sampler import TransformersSampler
 from tunesmith.model.next_token import unfit
 from tunesmith.model.policy import Policy
 from tunesmith.model.reward import no_language_head
+from tunesmith.model.tokenizer import resolve
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def generate_each(
     how: How = PLAIN,
 ) -> Generator[dict[str, Any], None, None]:
     """What `generate` gives, each row as soon as it and those before it are done. `places`: what errors call the prompts."""
+    if isinstance(prompts, str):
+        raise DataError("the prompts are one text, and not a list", where="prompts", remedy="write [prompt]", code="not_a_list")
     places = places or [_place(prompt, number) for number, prompt in enumerate(prompts)]
     ids = [_row_ids(prompt, place, tokenizer, template, raw) for prompt, place in zip(prompts, places, strict=True)]
     sampler = _sampler(policy, tokenizer, template, raw, how)
@@ -172,7 +176,16 @@ def _as_json(one: Completion) -> dict[str, Any]:
 
 
 def chat_sampler(policy: Policy, tokenizer: Any, template: ChatTemplate, how: How = PLAIN) -> Engine | TransformersSampler:
-    """A sampler that answers chats: it stops where the template ends a turn."""
+    """A sampler that answers chats: it stops where the template ends a turn.
+
+    Adapters that were trained with another template are told in the log: all rows are prompted with this one.
+    """
+    for name, folder in how.folders.items():
+        card = read_card(resolve(folder))
+        if card is not None and card.template_hash != template.hash:
+            own = card.template.removeprefix("named:")
+            said = "the adapter '%s' was trained with the template %s, and rows are prompted with %s: give --template %s, or open it alone"
+            logger.warning(said, name, own, template.source.removeprefix("named:"), own)
     return sampler_for(policy, tokenizer, render.stop_ids(template, tokenizer), lead_of(template, tokenizer), how)
 
 
@@ -239,6 +252,9 @@ def read_prompts(path: str | Path, adapter: str | None = None) -> list[Line]:
     for key, row in read(Source(path=str(path))):
         if isinstance(row, Problem):
             raise DataError(row.message, where=row.key, remedy=row.remedy, code=row.code)
+        turns.no_near_miss(row, ("prompt", "messages", "tools", "adapter"), key, "prompts")
+        if "prompt" in row and "messages" in row:
+            turns.fail(key, "messages", "two_prompts", "the row has a prompt and messages", "keep one of them")
         name = row.get("adapter", adapter)
         if name is not None and not isinstance(name, str):
             raise DataError(
@@ -256,6 +272,8 @@ def _ask(row: Row, key: str) -> Ask:
     if isinstance(row.get("prompt"), str) and not tools:
         return str(row["prompt"])
     given = row.get("messages", row.get("prompt"))
+    if given == []:
+        turns.fail(key, "messages", "no_prompt", "there are no turns in it", 'write [{"role": "user", "content": "..."}]')
     if isinstance(given, str):
         return Prompt((Message("user", given),), "", key, tools)
     if isinstance(given, list):

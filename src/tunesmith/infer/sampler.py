@@ -20,7 +20,7 @@ from tunesmith.core.ports import SampleSettings
 from tunesmith.core.seed import stream
 from tunesmith.core.types import Completion, content_hash
 from tunesmith.infer.draw import Asked, Drawn, check_settings, draw
-from tunesmith.infer.request import not_finite, room_for
+from tunesmith.infer.request import not_finite, room_for, token_ids
 from tunesmith.infer.text import Growing, continuation
 from tunesmith.model.attention import NAME as OUR_ATTENTION
 from tunesmith.model.positions import alone_from
@@ -210,8 +210,8 @@ def _requests(prompts: Sequence[Sequence[int]], settings: SampleSettings, limit:
     out: list[_Request] = []
     seen: Counter[tuple[int, ...]] = Counter()
     for number, prompt in enumerate(prompts):
-        ids = tuple(int(token) for token in prompt)
         where = places[number] if places else f"prompt {number}"
+        ids = token_ids(prompt, where)
         room = room_for(ids, settings.max_new_tokens, limit, where)
         name = content_hash(ids)
         for index in range(settings.n):

@@ -13,6 +13,7 @@ from tunesmith.core.seed import seed_of
 from tunesmith.model import bottleneck, lora_start, reward, virtual
 from tunesmith.model.load import old_names, seeded
 from tunesmith.model.peft_configs import peft_config
+from tunesmith.model.tokenizer import demand_adapter_files
 
 _PREFIX_START = 0.02  # standard deviation of a fresh prefix
 _HEAD = frozenset({"base_model.model.score.weight"})
@@ -80,6 +81,7 @@ def read(model: Any, folder: str, *, training: bool) -> Any:
 
     if bottleneck.is_bottleneck(folder):
         return bottleneck.read(model, folder, training=training)
+    demand_adapter_files(folder)
     carried = reward.is_scalar(model) and reward.head_of(folder) == "language"
     try:
         with old_names():

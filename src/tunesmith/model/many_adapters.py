@@ -8,29 +8,24 @@ N tokens, S places in the stacks, R rank.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from tunesmith.core.errors import ModelError, RecipeError, did_you_mean
-from tunesmith.core.log import logger
-from tunesmith.model import quant
+from tunesmith.core.errors import RecipeError, did_you_mean
 from tunesmith.model.arena_feed import ArenaTokens
 from tunesmith.model.feed import Feed, Prompts
 from tunesmith.model.layout import send
+from tunesmith.model.lora_folder import read_lora
 from tunesmith.model.policy import Policy
 from tunesmith.model.tokenizer import resolve
 
 MOST_ACTIVE = 64
 MANY = 256  # tokens from which each goes through its own adapter only
-MOVING = ("pissa", "olora", "corda", "loftq")  # PEFT takes these starts out of the base again when it reads the folder
-_PREFIX = "base_model.model."
 
 
 class Factors:
@@ -111,7 +106,7 @@ class ManyAdapters:
         self._demand_idle(name)
         place = resolve(str(folder))
         self._clock += 1
-        factors = Factors(place, self._clock, self._read(place))
+        factors = Factors(place, self._clock, read_lora(place, self.policy, self._shape))
         self._known[name] = factors
         for path in factors.layers:
             self._watch(path)
@@ -246,58 +241,6 @@ class ManyAdapters:
             self._shapes[path] = (layer.nf, layer.nx) if conv else (layer.out_features, layer.in_features)
         return self._shapes[path]
 
-    def _read(self, folder: str) -> dict[str, tuple[Tensor, Tensor]]:
-        from peft import PeftConfig
-        from peft.utils import load_peft_weights
-
-        if not (Path(folder) / "adapter_config.json").is_file():
-            raise ModelError("this is no adapter folder", where=folder, remedy="name a folder with adapter_config.json", code="bad_adapter")
-        config: Any = PeftConfig.from_pretrained(folder)
-        _demand_plain_lora(config, folder)
-        own, theirs = str(self.policy.causal.config._name_or_path), str(config.base_model_name_or_path or "")
-        if theirs and own and Path(theirs).name != Path(own).name:
-            logger.warning("%s was trained on %s and is put on %s", folder, theirs, own)
-        try:
-            stored = load_peft_weights(folder, device="cpu", local_files_only=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"the adapter's weights cannot be read: {said}", where=folder, remedy="save or fetch the adapter again", code="bad_adapter"
-            ) from error
-        layers: dict[str, tuple[Tensor, Tensor]] = {}
-        seconds = {key.replace(".lora_A.", ".lora_B.") for key in stored if key.endswith(".lora_A.weight")}
-        odd = sorted(key for key in stored if not key.endswith(".lora_A.weight") and key not in seconds)
-        for key in sorted(key for key in stored if key.endswith(".lora_A.weight")):
-            path, other = key.removesuffix(".lora_A.weight").removeprefix(_PREFIX), key.replace(".lora_A.", ".lora_B.")
-            if other not in stored or not self._fits(path, stored[key], stored[other]):
-                odd.append(key)
-                continue
-            scale = _scale(config, path, len(stored[key]))
-            a, b = stored[key].float(), stored[other].float() * scale
-            layers[path] = (a.to(self.policy.device, self.policy.dtype), b.to(self.policy.device, self.policy.dtype))
-        if odd or not layers:
-            raise ModelError(
-                f"the adapter does not fit this base: {len(odd)} of its tensors have no layer of their shape, or are not finite"
-                + (f", e.g. {odd[0]} {tuple(stored[odd[0]].shape)}" if odd else ""),
-                where=folder,
-                remedy=f"use the base that it was made for: {theirs or 'its configuration does not say which'}",
-                code="bad_adapter",
-            )
-        return layers
-
-    def _fits(self, path: str, a: Tensor, b: Tensor) -> bool:
-        try:
-            layer: Any = self.policy.causal.get_submodule(path)
-        except AttributeError:
-            return False
-        if layer is self.policy.causal.get_output_embeddings():
-            return False  # the head is read without its module
-        if not (isinstance(layer, torch.nn.Linear) or quant.kind_of(layer) is not None or type(layer).__name__ == "Conv1D"):
-            return False
-        outputs, inputs = self._shape(path)
-        finite = bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
-        return finite and a.shape[1] == inputs and b.shape == (outputs, a.shape[0])
-
 
 class Mix:
     """The adapters of one forward pass: `places` [N] says where in the stacks each token's adapter stands (-1: none).
@@ -367,30 +310,3 @@ class Mix:
             for place, group in zip(self.present, self.groups, strict=True):
                 torch.mm(small[group, rank], b[place], out=more[group])
             y[:, spans[path]] += more.index_select(0, self._back)
-
-
-def _demand_plain_lora(config: Any, folder: str) -> None:
-    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-    found = [kind] if kind != "lora" else []
-    if not found:
-        asked = {
-            "DoRA": config.use_dora, "trained modules beside it": config.modules_to_save, "trained biases": config.bias != "none",
-            "a bias in B": getattr(config, "lora_bias", False), "target_parameters": getattr(config, "target_parameters", None),
-            "a start that moved its base": str(config.init_lora_weights).partition("_")[0] in MOVING,
-        }  # fmt: skip
-        found = [name for name, value in asked.items() if value]
-    if found:
-        raise RecipeError(
-            f"rows cannot be mixed with this adapter: it is, or has, {', '.join(found)}",
-            where=folder,
-            remedy="open it alone, as the model, or merge it into its base; plain LoRA adapters can be mixed",
-            code="adapter_kind",
-        )
-
-
-def _scale(config: Any, path: str, rank: int) -> float:
-    from peft.utils.other import get_pattern_key
-
-    pattern = config.alpha_pattern or {}
-    alpha = pattern.get(get_pattern_key(pattern.keys(), path), config.lora_alpha)
-    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)

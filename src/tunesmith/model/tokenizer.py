@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ModelError, did_you_mean
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # of an adapter
 
 
 def resolve(base: str) -> str:
@@ -91,12 +92,40 @@ def adapter_base(folder: str) -> str | None:
     path = Path(folder) / ADAPTER
     if not path.is_file():
         return None
-    from tunesmith.core.files import read_json
-
-    base = read_json(path).get("base_model_name_or_path")
+    base = _adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str):
         raise ModelError("the adapter does not name its base", where=str(path), remedy="write base_model_name_or_path", code="bad_adapter")
     return base
+
+
+def _adapter_config(folder: str) -> dict[str, Any]:
+    from tunesmith.core.files import read_json
+
+    try:
+        tree = read_json(Path(folder) / ADAPTER)
+        if not isinstance(tree, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        said = f"{ADAPTER} cannot be read: {error}"
+        raise ModelError(said, where=folder, remedy="save or fetch the adapter again", code="bad_adapter") from error
+    return tree
+
+
+def demand_adapter_files(folder: str) -> None:
+    """Raises ModelError `bad_adapter` for a folder that lacks an adapter's configuration or its weights, or whose configuration is broken.
+
+    PEFT would look for them on the hub.
+    """
+    if not (Path(folder) / ADAPTER).is_file():
+        raise ModelError("this is no adapter folder", where=folder, remedy=f"name a folder with {ADAPTER}", code="bad_adapter")
+    _adapter_config(folder)
+    if not any((Path(folder) / name).is_file() for name in WEIGHTS):
+        raise ModelError(
+            f"the adapter has no weights: there is neither {' nor '.join(WEIGHTS)}",
+            where=folder,
+            remedy="save or fetch the adapter again",
+            code="bad_adapter",
+        )
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerFast:
