@@ -341,9 +341,10 @@ def test_prompts_of_a_file_and_raw_text(base: Opened, tmp_path: Path) -> None:
     [raw] = generate(base.policy, base.tokenizer, base.template, ["ab"], SampleSettings(max_new_tokens=3, temperature=0.0), raw=True)
     assert raw_ids("ab", base.tokenizer) == base.tokenizer("ab")["input_ids"]
     assert raw["completions"][0]["ids"]
-    (tmp_path / "bad.jsonl").write_text('{"promt": "hi"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="no prompt in the row"):
-        read_prompts(tmp_path / "bad.jsonl")
+    for row, said in (('{"promt": "hi"}', "did you mean 'prompt'"), ('{"question": "hi"}', "no prompt in the row")):
+        (tmp_path / "bad.jsonl").write_text(row + "\n", encoding="utf-8")
+        with pytest.raises(DataError, match=said):
+            read_prompts(tmp_path / "bad.jsonl")
     assert as_text(asks[1].messages) == "[system]\ns\n\n[user]\nu"
 
 
@@ -369,8 +370,10 @@ def test_rows_that_name_the_base_go_through_the_base_also_when_all_do(
 
 def test_what_a_template_refuses_is_said_with_its_row(base: Opened, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "hi"}\n{"messages": []}\n', encoding="utf-8")
-    (tmp_path / "strict.jinja").write_text("{% if not messages %}{{ raise_exception('no words') }}{% endif %}" + TEMPLATE, encoding="utf-8")
+    path.write_text('{"prompt": "hi"}\n{"prompt": "no"}\n', encoding="utf-8")
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages[0].content == 'no' %}{{ raise_exception('no words') }}{% endif %}" + TEMPLATE, encoding="utf-8"
+    )
     strict = replace(base, template=choose_template(base.tokenizer, str(tmp_path / "strict.jinja")))
     with pytest.raises(TemplateError) as caught:
         generate(base.policy, base.tokenizer, strict.template, [line.ask for line in read_prompts(path)], SampleSettings(max_new_tokens=3))

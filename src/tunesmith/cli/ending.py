@@ -53,6 +53,8 @@ def guarded(app: typer.Typer, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
+        if error.errno in FULL and not error.filename:  # it was the output: what is left in it must not fail once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _tell(_refused(error), as_json)
         return WRONG_INPUT
 
