@@ -370,7 +370,7 @@ def test_rows_that_name_the_base_go_through_the_base_also_when_all_do(
 
 def test_what_a_template_refuses_is_said_with_its_row(base: Opened, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "hi"}\n{"prompt": "no"}\n', encoding="utf-8")
+    path.write_text('{"prompt": "hi"}\n{"messages": [{"role": "user", "content": "no"}]}\n', encoding="utf-8")
     (tmp_path / "strict.jinja").write_text(
         "{% if messages[0].content == 'no' %}{{ raise_exception('no words') }}{% endif %}" + TEMPLATE, encoding="utf-8"
     )
