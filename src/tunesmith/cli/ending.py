@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -53,7 +54,9 @@ def guarded(app: typer.Typer, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        if error.errno in FULL and not error.filename:  # it was the output: what is left in it must not fail once more at the end
+        if error.errno in FULL and not error.filename:  # most likely the output, which must not fail once more at the end
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _tell(_refused(error), as_json)
         return WRONG_INPUT
@@ -68,7 +71,10 @@ def _refused(error: OSError) -> TunesmithError:
     """What the operating system refused, where no nearer place knew better."""
     where = str(error.filename or "")
     if error.errno in FULL and not where:
-        said, remedy = "there is no room for what is printed", "free some space, or print elsewhere, and run the same command again"
+        said, remedy = (
+            "the disk is full: no room for what is printed",
+            "free some space, or print elsewhere, and run the same command again",
+        )
         return TunesmithError(said, where="standard output", remedy=remedy, code="disk_full")
     if error.errno in FULL:
         return full_disk(Path(where))

@@ -158,7 +158,7 @@ def _put_and_attend(arena: Arena, layer: int, query: Tensor, key: Tensor, value:
 
 
 def usual(rows: int) -> int:
-    """The next number of rows that steps are recorded for: powers of two up to 8, then at most a quarter more than there are."""
+    """The next number of rows that steps are recorded for: powers of two up to 8, then at most a third more than there are."""
     if rows <= 8:
         return 1 << (rows - 1).bit_length()
     step = max(4, (1 << (rows - 1).bit_length()) // 8)
